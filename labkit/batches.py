@@ -1,0 +1,111 @@
+"""From observations to tensors: prompts, action tokens, labels with the loss mask, and collation. Knows no optimiser and no robot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from labkit.actions import BINS, NAMES, action_to_bins
+
+IGNORED = -100
+
+
+def action_token_ids(tokenizer) -> torch.Tensor:
+    """(256,) int64 ids that stand for the bins.
+
+    The tiny VLA has tokens of its own, `<a0>` to `<a255>`. Any other tokenizer gives up its last 256 ordinary tokens,
+    the rare ones, as OpenVLA does (arXiv 2406.09246, section 3.2).   Raises ValueError where it has fewer.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if "<a0>" in vocabulary:
+        return torch.tensor([vocabulary[f"<a{i}>"] for i in range(BINS)])
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    ordinary = sorted(i for i in vocabulary.values() if i not in special)
+    if len(ordinary) < BINS:
+        raise ValueError(f"the tokenizer has {len(ordinary)} ordinary tokens; the 256 action bins do not fit")
+    return torch.tensor(ordinary[-BINS:])
+
+
+def prompt_text(processor, instruction: str, holding: bool) -> str:
+    """The text of one prompt, in the model's own chat template where it has one, ready for the first action token."""
+    request = f"{instruction} {'holding' if holding else 'empty'}"
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "text", "text": request}, {"type": "image"}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return f"{getattr(processor, 'image_token', '<image>')}{request}\n"
+
+
+@dataclass
+class PromptBuilder:
+    """Turns (instruction, image, vacuum sensor) into the tensors a model reads, left-padded to one length.
+
+    Any `transformers` processor works. A processor that only rescales its images (the tiny VLA's) takes a shortcut that gives the
+    same tensors many times faster.
+    """
+
+    processor: object
+    _known: dict = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        self.processor.tokenizer.padding_side = "left"
+        images = self.processor.image_processor
+        self._plain = (
+            type(self.processor).__name__ == "LlavaProcessor" and images.do_normalize
+            and not images.do_resize and not images.do_center_crop
+        )
+
+    def __call__(self, instructions, images, holding) -> dict[str, torch.Tensor]:
+        """instructions: B sentences.   images: (B, H, W, 3) uint8.   holding: B booleans.
+
+        Returns input_ids and attention_mask (B, T) int64, pixel_values, and whatever else the processor adds.
+        """
+        texts = [prompt_text(self.processor, text, bool(h)) for text, h in zip(instructions, holding)] if not self._plain else None
+        if texts is not None:
+            batch = self.processor(text=texts, images=[[np.asarray(i)] for i in images], padding=True, return_tensors="pt")
+            return dict(batch)
+        return {**self.text(instructions, holding), "pixel_values": self.pixels(images)}
+
+    def text(self, instructions, holding) -> dict[str, torch.Tensor]:
+        """Left-padded input_ids and attention_mask (B, T) of plain prompts, each sentence tokenized once."""
+        rows = [self._ids(text, bool(h)) for text, h in zip(instructions, holding)]
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.processor.tokenizer.pad_token_id)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row):] = torch.tensor(row)
+        return {"input_ids": ids, "attention_mask": (ids != self.processor.tokenizer.pad_token_id).long()}
+
+    def pixels(self, images) -> torch.Tensor:
+        """(B, H, W, 3) uint8  ->  (B, 3, H, W) float32, rescaled and normalised as the plain image processor does."""
+        config = self.processor.image_processor
+        mean, std = torch.tensor(config.image_mean).view(3, 1, 1), torch.tensor(config.image_std).view(3, 1, 1)
+        images = torch.as_tensor(np.asarray(images)).permute(0, 3, 1, 2)
+        return (images * config.rescale_factor - mean) / std
+
+    def _ids(self, instruction, holding):
+        key = (instruction, holding)
+        if key not in self._known:
+            tokenizer, token = self.processor.tokenizer, self.processor.image_token
+            patches = (48 // self.processor.patch_size) ** 2
+            text = prompt_text(self.processor, instruction, holding).replace(token, token * patches)
+            self._known[key] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._known[key]
+
+
+def with_action(prompt: dict, action_ids, actions) -> dict[str, torch.Tensor]:
+    """Append the action tokens and their labels to a batch of prompts (teacher forcing).
+
+    actions: (B, 4) waypoints, or None to keep the batch as it is.
+    Returns the batch with input_ids, attention_mask and labels (B, T + 4); labels are -100 over the whole prompt, so that only
+    the four action tokens are supervised.
+    """
+    tokens = action_ids[torch.as_tensor(action_to_bins(actions))]
+    ids = torch.cat([prompt["input_ids"], tokens], dim=1)
+    longer = {name: torch.cat([value, value.new_full((len(value), len(NAMES)), fill)], dim=1)
+              for name, value, fill in (("attention_mask", prompt["attention_mask"], 1),)}
+    if "token_type_ids" in prompt:
+        types = prompt["token_type_ids"]
+        longer["token_type_ids"] = torch.cat([types, types.new_full((len(types), len(NAMES)), 1)], dim=1)
+    labels = torch.cat([torch.full_like(prompt["input_ids"], IGNORED), tokens], dim=1)
+    return {**prompt, **longer, "input_ids": ids, "labels": labels}
