@@ -1,0 +1,154 @@
+"""A policy: a vision-language model that is asked for the next waypoint. Loading it, and asking it. Running the robot is in rollouts.py."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from labkit.actions import NAMES, bins_to_action, full_waypoint
+from labkit.batches import PromptBuilder, action_token_ids
+from labkit.errors import UserError
+from labkit.paths import DATA
+
+SHIPPED = {"tiny": DATA / "tiny_vla", "tiny-early": DATA / "tiny_vla" / "early", "tiny-middle": DATA / "tiny_vla" / "middle"}
+QUANTIZATIONS = (None, "nf4", "int8")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the policy said for B observations.
+
+    bins: (B, 4) int, the 256-bin action tokens.   actions: (B, 4) x, y, z in metres and grip.   waypoints: (B, 7) for the environment.
+    probabilities: (B, 4) of the chosen bins, among the action tokens.   seconds: what the whole batch took.
+    """
+
+    bins: np.ndarray
+    actions: np.ndarray
+    waypoints: np.ndarray
+    probabilities: np.ndarray
+    seconds: float
+
+
+class Policy:
+    """A model, its processor, and the ids of its action tokens."""
+
+    def __init__(self, model, processor, name: str = "policy"):
+        self.model, self.processor, self.name = model, processor, name
+        self.prompts = PromptBuilder(processor)
+        self.action_ids = action_token_ids(processor.tokenizer)
+
+    def act(self, observation: dict, instruction: str | None = None) -> np.ndarray:
+        """One observation of the tabletop  ->  (7,) waypoint for `env.step`.   instruction: default, the observation's own."""
+        return self.decide([observation], None if instruction is None else [instruction]).waypoints[0]
+
+    @torch.no_grad()
+    def decide(self, observations, instructions=None) -> Decision:
+        """B observations (and B instructions, default the observations' own)  ->  Decision, in one forward pass with a KV cache.
+
+        The four tokens are decoded greedily, each among the 256 action tokens only.
+        """
+        begun = time.perf_counter()
+        instructions = [o["instruction"] for o in observations] if instructions is None else list(instructions)
+        batch = self.prompts(instructions, [o["rgb"] for o in observations], [bool(o["holding"]) for o in observations])
+        batch = {name: self._to_model(value) for name, value in batch.items()}
+        self.model.eval()
+        ids = self.action_ids.to(self.model.device)
+        out = self.model.generate(
+            **batch, max_new_tokens=len(NAMES), min_new_tokens=len(NAMES), do_sample=False, logits_processor=[_Only(ids)],
+            return_dict_in_generate=True, output_scores=True, pad_token_id=self.processor.tokenizer.pad_token_id,
+        )
+        scores = torch.stack(out.scores, dim=1)[..., ids].float()
+        bins = scores.argmax(-1)
+        probabilities = scores.softmax(-1).gather(-1, bins.unsqueeze(-1)).squeeze(-1)
+        bins = bins.cpu().numpy()
+        actions = bins_to_action(bins)
+        return Decision(bins, actions, full_waypoint(actions), probabilities.cpu().numpy(), time.perf_counter() - begun)
+
+    def copy(self) -> "Policy":
+        """An independent policy with the same weights, for example to fine-tune while the original stays as it is."""
+        return Policy(copy.deepcopy(self.model), self.processor, self.name)
+
+    def save(self, folder):
+        """Write model (or, where one is attached, only its peft adapter) and processor to `folder`."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    def _to_model(self, value):
+        value = value.to(self.model.device)
+        return value.to(self.model.dtype) if value.is_floating_point() else value
+
+
+class _Only:
+    """A logits processor that leaves only some token ids possible."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def __call__(self, input_ids, scores):
+        allowed = torch.full_like(scores, -torch.inf)
+        allowed[:, self.ids] = scores[:, self.ids]
+        return allowed
+
+
+def load_policy(name: str | Path = "tiny", quantization: str | None = None, adapter: str | Path | None = None, device: str | None = None,
+                dtype=None) -> Policy:
+    """Load a policy through the Auto classes.
+
+    name: "tiny" (shipped; also "tiny-early" and "tiny-middle"), a folder written by `save_pretrained`, or a hub id.
+    quantization: None, "nf4" or "int8" (bitsandbytes).   adapter: folder of a peft adapter to attach.
+    device: default a GPU where there is one, else the CPU.   dtype: default float32 on the CPU.
+    Raises UserError, in one sentence, for a missing folder, a checkpoint that does not fit, or an unreachable hub.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise UserError(f"unknown quantization {quantization!r}; choose None, 'nf4' or 'int8'")
+    source = SHIPPED.get(str(name), Path(name))
+    local = source.exists()
+    if not local and (str(name) in SHIPPED or str(name).startswith(("/", ".", "~")) or str(name).count("/") != 1):
+        raise UserError(f"there is no policy {str(name)!r}: give 'tiny', 'tiny-early', 'tiny-middle', an existing folder, or a hub id like org/model")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    processor, model = _load(str(source) if local else str(name), quantization, device, dtype)
+    if adapter is not None:
+        model = _attach(model, Path(adapter))
+    return Policy(model.eval(), processor, str(name))
+
+
+def _load(source, quantization, device, dtype):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    options = {"dtype": dtype or torch.float32, "output_loading_info": True}
+    if quantization:
+        options |= {"quantization_config": _bitsandbytes(quantization), "device_map": {"": device}}
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+        model, info = AutoModelForImageTextToText.from_pretrained(source, **options)
+    except Exception as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"{source} cannot be loaded as an image-text-to-text model: {reason}") from error
+    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if absent:
+        raise UserError(f"{source}: the weights do not fit the configuration; {len(absent)} tensors are missing or have another shape, first {absent[0]}")
+    return processor, model if quantization else model.to(device)
+
+
+def _bitsandbytes(quantization):
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
+
+
+def _attach(model, folder):
+    from peft import PeftModel
+
+    if not (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder} holds no adapter: adapter_config.json is missing")
+    try:
+        return PeftModel.from_pretrained(model, str(folder))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{folder}: the adapter does not fit this model: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,141 @@
+"""Supervised fine-tuning: the loss over action tokens and `fine_tune`. It imports nothing that comes after it; watch it by callbacks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from labkit.batches import IGNORED, with_action
+
+
+@dataclass
+class Samples:
+    """What fine-tuning learns from, one row a decision.
+
+    instructions: N sentences.   images: (N, H, W, 3) uint8.   holding: (N,) bool.   actions: (N, 4) x, y, z in metres, grip.
+    """
+
+    instructions: list[str]
+    images: np.ndarray
+    holding: np.ndarray
+    actions: np.ndarray
+
+    def __len__(self):
+        return len(self.instructions)
+
+
+@dataclass
+class History:
+    """How a fine-tuning run went.   loss: one value a step, nats a supervised token.   seconds, tokens: of the whole run."""
+
+    loss: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens: int = 0
+    trainable: int = 0
+    total: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens read by the model, prompt and image included, for each second."""
+        return self.tokens / self.seconds
+
+    def __str__(self):
+        return (f"{len(self.loss)} steps in {self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s, loss {self.loss[0]:.2f} to "
+                f"{np.mean(self.loss[-10:]):.2f} nats, {self.trainable:,} of {self.total:,} parameters trained")
+
+
+def action_token_loss(logits, labels):
+    """Mean cross-entropy over the supervised tokens (teacher forcing).
+
+    logits: (B, T, V) float, position t predicts token t + 1.   labels: (B, T) int, -100 where not supervised.
+    Returns a scalar in nats.   Raises ValueError if a row supervises no token.
+    """
+    targets = labels[:, 1:]
+    if (targets != IGNORED).sum(1).min() == 0:
+        raise ValueError("a row of labels is -100 everywhere: it teaches nothing")
+    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+
+
+def tokenize(policy, samples: Samples) -> dict[str, torch.Tensor]:
+    """Everything the model needs to learn from `samples`, as tensors whose first dimension is N: done once, not in every step."""
+    prompt = policy.prompts(samples.instructions, samples.images, samples.holding)
+    return with_action(prompt, policy.action_ids, samples.actions)
+
+
+def batch_loss(model, batch) -> torch.Tensor:
+    """Loss of one tokenized batch; only the positions that predict an action token go through the output layer."""
+    labels = batch["labels"]
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    keep = int((labels != IGNORED).any(0).flip(0).nonzero().max()) + 2
+    keep = min(keep, labels.shape[1])
+    logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
+    return action_token_loss(logits[:, -keep:], labels[:, -keep:])
+
+
+def fine_tune(policy, samples: Samples, steps: int = 100, batch_size: int = 16, learning_rate: float = 5e-4, peft_config=None,
+              weight_decay: float = 0.0, clip: float = 1.0, seed: int = 0, loss=batch_loss, callbacks=(), progress: bool = True) -> History:
+    """Fine-tune `policy.model` in place by AdamW on the action tokens; use `policy.copy()` to keep the original.
+
+    peft_config: any peft configuration; the model is wrapped in it and only its parameters train. None trains every parameter that
+    requires a gradient.   loss: callable (model, batch) -> scalar.   callbacks: called as callback(step, policy, history) after every step.
+    clip: largest gradient norm.   The same seed gives the same weights, bit for bit, at the same number of threads.
+    Raises ValueError for no samples or nothing to train.
+    """
+    from tqdm.auto import tqdm
+
+    if not len(samples):
+        raise ValueError("there are no samples to learn from")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            policy.model = get_peft_model(policy.model, peft_config)
+        model = policy.model.train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if not trained:
+            raise ValueError("no parameter of the model requires a gradient")
+        data = {name: policy._to_model(value) for name, value in tokenize(policy, samples).items()}
+        optimiser = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay, fused=True)
+        history = History(trainable=sum(p.numel() for p in trained), total=sum(p.numel() for p in model.parameters()))
+        begun = time.perf_counter()
+        bar = tqdm(range(steps), desc="fine-tuning", disable=not progress, leave=False)
+        for step, rows in zip(bar, _batches(len(samples), batch_size, seed)):
+            batch = _trimmed({name: value[rows] for name, value in data.items()})
+            value = loss(model, batch)
+            optimiser.zero_grad(set_to_none=True)
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(trained, clip)
+            optimiser.step()
+            history.loss.append(float(value.detach()))
+            history.tokens += int(batch["attention_mask"].sum())
+            history.seconds = time.perf_counter() - begun
+            if step % 10 == 0:
+                bar.set_postfix(loss=f"{history.loss[-1]:.2f}")
+            for callback in callbacks:
+                callback(step, policy, history)
+                model.train()
+        model.eval()
+    return history
+
+
+def _batches(count, batch_size, seed):
+    """Endless batches of row numbers: every sample once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    queue = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(queue) < batch_size:
+            queue = torch.cat([queue, torch.randperm(count, generator=generator)])
+        yield queue[:batch_size]
+        queue = queue[batch_size:]
+
+
+def _trimmed(batch):
+    """The batch without the columns on the left that are padding in every row."""
+    first = int(batch["attention_mask"].any(0).nonzero().min())
+    return {name: value[:, first:] if name in ("input_ids", "attention_mask", "labels", "token_type_ids") else value
+            for name, value in batch.items()}
