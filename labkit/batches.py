@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from labkit.actions import BINS, NAMES, action_to_bins
+from labkit.actions import BINS, action_to_bins
 
 IGNORED = -100
+# What tensors beside input_ids say of an action token: it is read, and (PaliGemma) it belongs to the answer, not to the prompt.
+_ACTION_MARKS = {"attention_mask": 1, "token_type_ids": 1}
 
 
 def action_token_ids(tokenizer) -> torch.Tensor:
@@ -34,7 +36,7 @@ def prompt_text(processor, instruction: str, holding: bool) -> str:
     if getattr(processor, "chat_template", None):
         content = [{"type": "text", "text": request}, {"type": "image"}]
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return f"{getattr(processor, 'image_token', '<image>')}{request}\n"
+    return f"{getattr(processor, 'image_token', '<image>')}{request}"
 
 
 @dataclass
@@ -47,29 +49,36 @@ class PromptBuilder:
 
     processor: object
     _known: dict = field(default_factory=dict, repr=False)
+    _image_tokens: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         self.processor.tokenizer.padding_side = "left"
         images = self.processor.image_processor
         self._plain = (
-            type(self.processor).__name__ == "LlavaProcessor" and images.do_normalize
+            type(self.processor).__name__ == "LlavaProcessor" and images.do_rescale and images.do_normalize
             and not images.do_resize and not images.do_center_crop
         )
 
     def __call__(self, instructions, images, holding) -> dict[str, torch.Tensor]:
         """instructions: B sentences.   images: (B, H, W, 3) uint8.   holding: B booleans.
 
-        Returns input_ids and attention_mask (B, T) int64, pixel_values, and whatever else the processor adds.
+        Returns input_ids and attention_mask (B, T) int64, pixel_values, and whatever else the processor adds for the model to read.
         """
-        texts = [prompt_text(self.processor, text, bool(h)) for text, h in zip(instructions, holding)] if not self._plain else None
-        if texts is not None:
-            batch = self.processor(text=texts, images=[[np.asarray(i)] for i in images], padding=True, return_tensors="pt")
-            return dict(batch)
-        return {**self.text(instructions, holding), "pixel_values": self.pixels(images)}
+        if self._plain:
+            return {**self.text(instructions, holding, np.shape(images[0])[:2]), "pixel_values": self.pixels(images)}
+        texts = [prompt_text(self.processor, text, bool(h)) for text, h in zip(instructions, holding)]
+        batch = self.processor(text=texts, images=[[np.asarray(i)] for i in images], padding=True, return_tensors="pt")
+        # PaliGemma's processor makes labels of its own; those of the action tokens come from `with_action`.
+        return {name: value for name, value in batch.items() if name != "labels"}
 
-    def text(self, instructions, holding) -> dict[str, torch.Tensor]:
-        """Left-padded input_ids and attention_mask (B, T) of plain prompts, each sentence tokenized once."""
-        rows = [self._ids(text, bool(h)) for text, h in zip(instructions, holding)]
+    def text(self, instructions, holding, size=None) -> dict[str, torch.Tensor]:
+        """Left-padded input_ids and attention_mask (B, T) of plain prompts, each sentence tokenized once.
+
+        size: (height, width) of the images in pixels; default, the size that the image processor names.
+        """
+        crop = self.processor.image_processor.crop_size
+        patches = self._patches((crop["height"], crop["width"]) if size is None else tuple(size))
+        rows = [self._ids(text, bool(h), patches) for text, h in zip(instructions, holding)]
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self.processor.tokenizer.pad_token_id)
         for i, row in enumerate(rows):
@@ -83,29 +92,32 @@ class PromptBuilder:
         images = torch.as_tensor(np.asarray(images)).permute(0, 3, 1, 2)
         return (images * config.rescale_factor - mean) / std
 
-    def _ids(self, instruction, holding):
-        key = (instruction, holding)
+    def _patches(self, size):
+        """How many tokens stand for one image of this size: the processor itself says it, once a size."""
+        if size not in self._image_tokens:
+            blank = np.zeros((*size, 3), np.uint8)
+            ids = self.processor(text=self.processor.image_token, images=[[blank]])["input_ids"][0]
+            self._image_tokens[size] = list(ids).count(self.processor.image_token_id)
+        return self._image_tokens[size]
+
+    def _ids(self, instruction, holding, patches):
+        key = (instruction, holding, patches)
         if key not in self._known:
-            tokenizer, token = self.processor.tokenizer, self.processor.image_token
-            patches = (48 // self.processor.patch_size) ** 2
+            token = self.processor.image_token
             text = prompt_text(self.processor, instruction, holding).replace(token, token * patches)
-            self._known[key] = tokenizer(text, add_special_tokens=False)["input_ids"]
+            self._known[key] = self.processor.tokenizer(text)["input_ids"]
         return self._known[key]
 
 
 def with_action(prompt: dict, action_ids, actions) -> dict[str, torch.Tensor]:
     """Append the action tokens and their labels to a batch of prompts (teacher forcing).
 
-    actions: (B, 4) waypoints, or None to keep the batch as it is.
-    Returns the batch with input_ids, attention_mask and labels (B, T + 4); labels are -100 over the whole prompt, so that only
-    the four action tokens are supervised.
+    actions: (B, 4) waypoints.   Returns the batch with input_ids, labels and every other tensor of that shape (B, T + 4); labels
+    are -100 over the whole prompt, so that only the four action tokens are supervised.
     """
     tokens = action_ids[torch.as_tensor(action_to_bins(actions))]
-    ids = torch.cat([prompt["input_ids"], tokens], dim=1)
-    longer = {name: torch.cat([value, value.new_full((len(value), len(NAMES)), fill)], dim=1)
-              for name, value, fill in (("attention_mask", prompt["attention_mask"], 1),)}
-    if "token_type_ids" in prompt:
-        types = prompt["token_type_ids"]
-        longer["token_type_ids"] = torch.cat([types, types.new_full((len(types), len(NAMES)), 1)], dim=1)
-    labels = torch.cat([torch.full_like(prompt["input_ids"], IGNORED), tokens], dim=1)
-    return {**prompt, **longer, "input_ids": ids, "labels": labels}
+    ids = prompt["input_ids"]
+    longer = {name: torch.cat([value, torch.full_like(tokens, _ACTION_MARKS.get(name, 0))], dim=1)
+              for name, value in prompt.items() if value.shape == ids.shape}
+    labels = torch.cat([torch.full_like(ids, IGNORED), tokens], dim=1)
+    return {**prompt, **longer, "input_ids": torch.cat([ids, tokens], dim=1), "labels": labels}

@@ -16,7 +16,7 @@ from labkit.errors import UserError
 from labkit.paths import DATA
 
 SHIPPED = {"tiny": DATA / "tiny_vla", "tiny-early": DATA / "tiny_vla" / "early", "tiny-middle": DATA / "tiny_vla" / "middle"}
-QUANTIZATIONS = (None, "nf4", "int8")
+QUANTIZATIONS = (None, "nf4")
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,12 @@ def load_policy(name: str | Path = "tiny", quantization: str | None = None, adap
     """Load a policy through the Auto classes.
 
     name: "tiny" (shipped; also "tiny-early" and "tiny-middle"), a folder written by `save_pretrained`, or a hub id.
-    quantization: None, "nf4" or "int8" (bitsandbytes).   adapter: folder of a peft adapter to attach.
+    quantization: None or "nf4" (bitsandbytes, with double quantisation).   adapter: folder of a peft adapter to attach.
     device: default a GPU where there is one, else the CPU.   dtype: default float32 on the CPU.
     Raises UserError, in one sentence, for a missing folder, a checkpoint that does not fit, or an unreachable hub.
     """
     if quantization not in QUANTIZATIONS:
-        raise UserError(f"unknown quantization {quantization!r}; choose None, 'nf4' or 'int8'")
+        raise UserError(f"unknown quantization {quantization!r}; choose None or 'nf4'")
     source = SHIPPED.get(str(name), Path(name))
     local = source.exists()
     if not local and (str(name) in SHIPPED or str(name).startswith(("/", ".", "~")) or str(name).count("/") != 1):
@@ -122,7 +122,7 @@ def _load(source, quantization, device, dtype):
 
     options = {"dtype": dtype or torch.float32, "output_loading_info": True}
     if quantization:
-        options |= {"quantization_config": _bitsandbytes(quantization), "device_map": {"": device}}
+        options |= {"quantization_config": _nf4(), "device_map": {"": device}}
     try:
         processor = AutoProcessor.from_pretrained(source)
         model, info = AutoModelForImageTextToText.from_pretrained(source, **options)
@@ -135,11 +135,9 @@ def _load(source, quantization, device, dtype):
     return processor, model if quantization else model.to(device)
 
 
-def _bitsandbytes(quantization):
+def _nf4():
     from transformers import BitsAndBytesConfig
 
-    if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
 
 

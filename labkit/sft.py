@@ -61,8 +61,14 @@ def action_token_loss(logits, labels):
 
 
 def tokenize(policy, samples: Samples) -> dict[str, torch.Tensor]:
-    """Everything the model needs to learn from `samples`, as tensors whose first dimension is N: done once, not in every step."""
+    """Everything the model needs to learn from `samples`, as tensors whose first dimension is N: done once, not in every step.
+
+    Raises ValueError for a model whose processor packs the images of a batch together, so that no batch can be taken from it.
+    """
     prompt = policy.prompts(samples.instructions, samples.images, samples.holding)
+    packed = [name for name, value in prompt.items() if len(value) != len(samples)]
+    if packed:
+        raise ValueError(f"{packed[0]} has {len(prompt[packed[0]])} rows for {len(samples)} samples: this model packs its images together")
     return with_action(prompt, policy.action_ids, samples.actions)
 
 
@@ -123,6 +129,20 @@ def fine_tune(policy, samples: Samples, steps: int = 100, batch_size: int = 16, 
     return history
 
 
+def lora(rank: int = 16, alpha: int | None = None, targets: str = "attention", dropout: float = 0.0):
+    """A peft LoRA configuration for the language model of any policy; the vision tower stays untouched.
+
+    alpha: default 2 * rank (so the update is scaled by 2).   targets: "attention" (q, k, v, o) or "all" linear layers.
+    """
+    from peft import LoraConfig
+
+    layers = {"attention": "q_proj|k_proj|v_proj|o_proj", "all": "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"}
+    if targets not in layers:
+        raise ValueError(f"targets is 'attention' or 'all', not {targets!r}")
+    pattern = rf".*(language_model|text_model).*\.({layers[targets]})"
+    return LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=dropout, target_modules=pattern)
+
+
 def _batches(count, batch_size, seed):
     """Endless batches of row numbers: every sample once before any comes again."""
     generator = torch.Generator().manual_seed(seed)
@@ -137,5 +157,5 @@ def _batches(count, batch_size, seed):
 def _trimmed(batch):
     """The batch without the columns on the left that are padding in every row."""
     first = int(batch["attention_mask"].any(0).nonzero().min())
-    return {name: value[:, first:] if name in ("input_ids", "attention_mask", "labels", "token_type_ids") else value
-            for name, value in batch.items()}
+    shape = batch["input_ids"].shape
+    return {name: value[:, first:] if value.shape == shape else value for name, value in batch.items()}

@@ -14,6 +14,7 @@ CONTROL_SECONDS = 0.05
 SPEED = 1.0
 LOW = np.array([-0.25, -0.25, 0.0, -0.6, -0.6, -np.pi, 0.0])
 HIGH = np.array([0.25, 0.35, 0.30, 0.6, 0.6, np.pi, 1.0])
+BLOCKED = 0.025
 _PRESS = 0.010
 _DWELL = 3
 _SETTLED = 0.002
@@ -27,6 +28,7 @@ class Arm:
         self.model, self.data = model, data
         self.speed = SPEED
         self.on_control_step = None
+        self.blocked = False
         self._pad = model.geom("pad").id
         self._objects = {model.geom(i).id: int(model.geom(i).name[6:]) for i in range(model.ngeom) if model.geom(i).name.startswith("object")}
         self._joints = [int(model.joint(n).qposadr[0]) for n in ("x", "y", "z", "roll", "pitch", "yaw")]
@@ -71,7 +73,8 @@ class Arm:
     def execute(self, waypoint) -> np.ndarray:
         """Travel above the waypoint, come down along the tool's axis, switch the vacuum, rise, and return home.
 
-        Returns (6,) the pose the tip reached at the bottom.
+        An arm that is held up more than 2.5 cm before its goal makes a protective stop: it leaves the vacuum as it is and returns.
+        Returns (6,) the pose the tip reached at the bottom; `blocked` says whether it was stopped.
         """
         target = np.clip(np.asarray(waypoint, dtype=np.float64), LOW, HIGH)
         pose, grip = target[:6], float(target[6] > 0.5)
@@ -80,14 +83,19 @@ class Arm:
         self._move(above)
         self._move(pose)
         reached = self.end_effector
+        self.blocked = bool(np.linalg.norm(reached[:3] - pose[:3]) > BLOCKED)
+        if not self.blocked:
+            self._switch(grip, pose)
+        self._move(above)
+        self._move(np.array([*HOME, 0.0, 0.0, 0.0]))
+        return reached
+
+    def _switch(self, grip, pose):
         self.data.ctrl[6] = grip
         if grip:
             # A suction cup seals only when it is pushed on: one centimetre further along the tool.
             self.data.ctrl[:3] -= _tool_axis(pose) * _PRESS
         self._control_steps(_DWELL)
-        self._move(above)
-        self._move(np.array([*HOME, 0.0, 0.0, 0.0]))
-        return reached
 
     def _move(self, pose):
         start = self.data.ctrl[:6].copy()

@@ -30,7 +30,7 @@ class Camera:
         return Camera(moved, self.look_at, self.field_degrees, self.size)
 
 
-STUDIO = Camera(position=(0.30, -0.75, 0.55), look_at=(0.0, 0.03, 0.06), field_degrees=40.0, size=256)
+STUDIO = Camera(position=(0.42, -0.52, 0.46), look_at=(0.0, 0.04, 0.08), field_degrees=46.0, size=256)
 
 
 @lru_cache(maxsize=256)

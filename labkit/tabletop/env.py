@@ -157,7 +157,7 @@ class Tabletop(gymnasium.Env):
         }
 
     def _info(self, success):
-        return {"success": bool(success), "task": self.episode.task, "decisions": len(self._reached)}
+        return {"success": bool(success), "task": self.episode.task, "decisions": len(self._reached), "blocked": self.arm.blocked}
 
 
 def _draw_command(rng, task, variation, scene, command):

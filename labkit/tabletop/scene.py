@@ -194,12 +194,12 @@ def mjcf(shapes: tuple[str, ...]) -> str:
     <geom name="table" type="box" pos="0 0.035 -0.02" size="0.25 0.305 0.02" friction="0.9 0.01 0.003"/>
     <body name="belt" pos="0 {BELT_CENTRE_Y} 0">
       <joint name="belt" type="slide" axis="1 0 0"/>
-      <geom name="belt" type="box" pos="0 0 {BELT_TOP - 0.01}" size="1.2 {BELT_HALF_Y} 0.01" mass="200" friction="0.9 0.01 0.003"/>
+      <geom name="belt" type="box" pos="0 0 {BELT_TOP - 0.01}" size="0.75 {BELT_HALF_Y} 0.01" mass="200" friction="0.9 0.01 0.003"/>
     </body>
     {bins}
     <body name="gripper" gravcomp="1">
       <joint name="x" type="slide" axis="1 0 0"/><joint name="y" type="slide" axis="0 1 0"/><joint name="z" type="slide" axis="0 0 1"/>
-      <geom name="arm" type="capsule" fromto="0 0 0.05 0 0 0.16" size="0.014" mass="0.5" contype="0" conaffinity="0"/>
+      <geom name="arm" type="capsule" fromto="0 0 0.06 0 0 0.34" size="0.014" mass="0.5" contype="0" conaffinity="0"/>
       <body name="wrist" gravcomp="1">
         <joint name="yaw" type="hinge" armature="0.01" axis="0 0 1"/><joint name="pitch" type="hinge" armature="0.01" axis="0 1 0"/><joint name="roll" type="hinge" armature="0.01" axis="1 0 0"/>
         <geom name="stem" type="cylinder" pos="0 0 0.03" size="0.008 0.025" mass="0.1" contype="0" conaffinity="0"/>

@@ -7,7 +7,7 @@ from itertools import permutations
 
 import numpy as np
 
-from labkit.instructions import COLOURS, EXTREMES, SHAPES, ZONES, Command
+from labkit.instructions import COLOURS, EXTREMES, FRAMES, SHAPES, ZONES, Command, sentences, words
 from labkit.tabletop.scene import (
     BIN_HALF, FORWARD_PLACE, HALF_HEIGHT, ZONE_PLACES, Scene,
 )
@@ -108,6 +108,18 @@ def commands(task: str, scene: Scene) -> list[Command]:
             for a, b, c in permutations(names, 3) if c[1] == "block" for tray in scene.bins
         ]
     raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
+
+
+def meaning(text: str, scene: Scene) -> Command | None:
+    """The command of this scene that a sentence says, in any of our phrasings and with or without a "please"; None where none fits."""
+    polite = {word for frame in FRAMES.trained + FRAMES.held_out for word in words(frame.replace("{s}", ""))}
+    said = [word for word in words(text) if word not in polite]
+    for task in TASKS:
+        for command in commands(task, scene):
+            ways = sentences(command, False, scene.unique_colours) + sentences(command, True, scene.unique_colours)
+            if said in map(words, ways):
+                return command
+    return None
 
 
 def extreme_index(scene: Scene, word: str) -> int:
