@@ -35,7 +35,12 @@ class Problem:
     warning: bool = False
 
     def __str__(self):
-        return f"{'warning: ' if self.warning else ''}{self.file}{', ' if self.place else ''}{self.place}: {self.message}"
+        return self.in_folder("")
+
+    def in_folder(self, folder) -> str:
+        """The problem in one line, its file named from where `folder` is."""
+        where = (Path(folder) / self.file).as_posix() + (f", {self.place}" if self.place else "")
+        return f"{'warning: ' if self.warning else ''}{where}: {self.message}"
 
 
 def validate(folder) -> list[Problem]:
@@ -60,7 +65,7 @@ class _Check:
         self.interrupted = about.get("complete") is False
         for path in sorted(folder.iterdir()):
             if path.is_dir() and path.name not in SPLITS and not path.name.startswith("."):
-                self._add(path.name, "", f"unknown split: rename the folder to {', '.join(SPLITS[:2])} or {SPLITS[2]}, or move it out of the dataset")
+                self._add(path.name, "", f"unknown split: rename the folder to one of {', '.join(SPLITS)}, or move it out of the dataset")
         for split in SPLITS:
             self._split(split)
         if about.get("complete") is True and not self._errors():
@@ -81,13 +86,14 @@ class _Check:
         if about.get("format") != FORMAT:
             self._add(ABOUT, "format", f"is {about.get('format')!r}, this labkit reads {FORMAT}: record the dataset again")
         if about.get("complete") is False:
-            self._add(ABOUT, "complete", "the recording was interrupted, every whole episode counts: run its `command` again to go on", True)
+            self._add(ABOUT, "complete", "the recording was interrupted, its whole episodes count: run its `command` again to go on", True)
         return about
 
     def _compare_counts(self, stated):
         found = counts(self.folder)
         if stated != found:
-            self._add(ABOUT, "counts", f"states {json.dumps(stated)}, the files hold {json.dumps(found)}: correct it, or bring the episodes back", True)
+            text = f"states {json.dumps(stated)}, the files hold {json.dumps(found)}: correct it, or bring the episodes back"
+            self._add(ABOUT, "counts", text, True)
 
     def _split(self, split):
         # A recording that was killed may have come no further than this; a finished one always has both files.
@@ -136,7 +142,8 @@ class _Check:
             elif not isinstance(id, str) or not id.strip():
                 self._add(file, f"entry {index}", f"the id is {id!r}, expected a text of its own: give it the one it has in the other file")
             elif id in found:
-                self._add(file, f"entry {index} ({id})", f"duplicate id, {found[id][0]} has it too: remove one, or give it another id in both files")
+                text = f"duplicate id, {found[id][0]} has it too: remove one, or give it another id in both files"
+                self._add(file, f"entry {index} ({id})", text)
             else:
                 found[id] = (f"entry {index} ({id})", entry)
         return found
@@ -146,7 +153,8 @@ class _Check:
         if not isinstance(instruction, str) or not instruction.strip():
             self._add(file, place, f"empty instruction ({instruction!r}): write what the robot was asked to do")
         elif unknown_words(instruction):
-            self._add(file, place, f"words outside the vocabulary of the tiny VLA: {', '.join(unknown_words(instruction))}; say it in others", True)
+            strange = ", ".join(unknown_words(instruction))
+            self._add(file, place, f"words outside the vocabulary of the tiny VLA: {strange}; say it in others", True)
         for key in ("task", "operator"):
             if not isinstance(entry.get(key), str) or not entry[key].strip():
                 self._add(file, place, f"the {key} is {entry.get(key)!r}, expected a name: write it")
@@ -161,13 +169,15 @@ class _Check:
         for what, value in marks:
             first, where = self.seen.setdefault((what, value), (split, place))
             if first != split:
-                self._add(f"{split}/{LANGUAGE}", place, f"the {what} {value} is in two splits, {first}/{LANGUAGE}, {where} has it too: remove one")
+                text = f"the {what} {value} is in two splits, {first}/{LANGUAGE}, {where} has it too: remove one"
+                self._add(f"{split}/{LANGUAGE}", place, text)
                 return
 
     def _actions(self, split, place, entry, success, named):
         file, decisions = f"{split}/{ACTIONS}", entry.get("decisions")
         if not isinstance(decisions, list) or not decisions:
-            self._add(file, place, f"decisions is {type(decisions).__name__ if decisions != [] else 'empty'}, expected a list with at least one: {_AGAIN}")
+            found = "empty" if decisions == [] else type(decisions).__name__
+            self._add(file, place, f"decisions is {found}, expected a list with at least one: {_AGAIN}")
             return
         for k, decision in enumerate(decisions):
             where = f"{place}, decision {k}"
@@ -189,7 +199,8 @@ class _Check:
                 self._row(file, where, key, [decision.get(key)], (key,))
         last = decisions[-1].get("reward") if isinstance(decisions[-1], dict) else None
         if isinstance(success, bool) and isinstance(last, (int, float)) and success != (last > 0):
-            self._add(file, place, f"the last reward is {last}, but {LANGUAGE} says success {str(success).lower()}: correct the one that is wrong")
+            text = f"the last reward is {last}, but {LANGUAGE} says success {str(success).lower()}: correct the one that is wrong"
+            self._add(file, place, text)
 
     def _row(self, file, place, key, values, names, low=None, high=None):
         """A list of numbers: is it one, how many, are they finite, are they inside the workspace?"""
@@ -197,7 +208,7 @@ class _Check:
             count = f"{len(values)} numbers" if isinstance(values, list) else f"{values!r}"
             self._add(file, place, f"{key}: {count}, expected {len(names)} ({' '.join(names)}): {_AGAIN}")
             return
-        for i, (name, value) in enumerate(zip(names, values)):
+        for i, (name, value) in enumerate(zip(names, values, strict=True)):
             what = key if name == key else f"{key}: {name}"
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 self._add(file, place, f"{what} is {value!r}, expected a number: {_AGAIN}")
@@ -205,7 +216,8 @@ class _Check:
                 self._add(file, place, f"{what} is {value if isinstance(value, float) else 'huge'}, expected a finite number: {_AGAIN}")
             elif low is not None and not low[i] - _ROUNDING <= value <= high[i] + _ROUNDING:
                 unit = "" if name == "grip" else " m" if name in "xyz" else " rad"
-                self._add(file, place, f"{what} is {value:g}{unit}, outside the workspace ({low[i]:.4g} to {high[i]:.4g}{unit}): correct it, or {_AGAIN}")
+                text = f"{what} is {value:g}{unit}, outside the workspace ({low[i]:.4g} to {high[i]:.4g}{unit}): correct it, or {_AGAIN}"
+                self._add(file, place, text)
 
     def _image(self, split, place, key, name, mode, named):
         from PIL import Image

@@ -149,7 +149,8 @@ def counts(folder) -> dict:
     for name in SPLITS:
         successes = {entry["id"]: entry["success"] for entry in read_json(Path(folder) / name / LANGUAGE, missing=[])}
         entries = [entry for entry in read_json(Path(folder) / name / ACTIONS, missing=[]) if entry["id"] in successes]
-        found[name] = {"episodes": len(entries), "successes": sum(successes.values()), "decisions": sum(len(e["decisions"]) for e in entries)}
+        decisions = sum(len(entry["decisions"]) for entry in entries)
+        found[name] = {"episodes": len(entries), "successes": sum(successes.values()), "decisions": decisions}
     return found
 
 
@@ -205,7 +206,8 @@ def _refuse_another(folder, about):
             raise UserError(f"{folder} was recorded with {key} {json.dumps(there.get(key))}, not {json.dumps(wanted.get(key))}: "
                             f"choose another folder, or remove this one to record it afresh")
     if there.get("episodes", 0) > wanted.get("episodes", 0):
-        raise UserError(f"{folder} is a recording of {there['episodes']} episodes, more than {wanted.get('episodes', 0)}: choose another folder")
+        raise UserError(f"{folder} is a recording of {there['episodes']} episodes, more than {wanted.get('episodes', 0)}: "
+                        f"choose another folder")
 
 
 def _save_png(path, array):
@@ -254,8 +256,8 @@ def read(folder, split: str | None = None, limit: int | None = None, failures: b
                 try:
                     found.append(_demonstration(place, entry, actions[entry["id"]]))
                 except (KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-                    raise UserError(f"{place / ACTIONS}, episode {entry.get('id')} (entry {index} of {LANGUAGE}) cannot be read ({error!r}): "
-                                    f"`python -m labkit validate {folder}` says what to mend") from error
+                    raise UserError(f"{place / ACTIONS}, episode {entry.get('id')} (entry {index} of {LANGUAGE}) cannot be read "
+                                    f"({error!r}): `python -m labkit validate {folder}` says what to mend") from error
     return found
 
 
@@ -273,7 +275,8 @@ def read_json(path: Path, missing=None):
 
 def _demonstration(folder, language, actions):
     rows = actions["decisions"]
-    joints, waypoints, rewards, seconds = (np.array([row[key] for row in rows], np.float64) for key in ("joints", "action", "reward", "seconds"))
+    columns = ("joints", "action", "reward", "seconds")
+    joints, waypoints, rewards, seconds = (np.array([row[key] for row in rows], np.float64) for key in columns)
     return Demonstration(
         language["id"], folder.name, language["instruction"], language["task"], language["operator"], language["success"],
         np.stack([_read_png(folder / row["rgb"]) for row in rows]),

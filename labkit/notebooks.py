@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -117,8 +118,16 @@ def execute(path: Path, out: Path, timeout: int, on_cell: Callable[[], None] = l
     if error:
         error = f"cell {position['cell']} of {len(notebook.cells)}, " + " ".join(error.split())[:200]
     notebook.metadata["labkit"] = {"minutes": minutes, "peak_mib": memory.peak_mib}
+    write_measured(notebook, minutes, memory.peak_mib)
     nbformat.write(notebook, out / path.name)
     return Execution(path.stem, minutes, memory.peak_mib, "failed" if error else "ok", error)
+
+
+def write_measured(notebook, minutes: float, peak_mib: int) -> None:
+    """Put what was measured into the title cell's line that starts with `Measured:`; a notebook without one stays as it is."""
+    title = notebook.cells[0]
+    line = f"Measured: {60 * minutes:.0f} s and {peak_mib:,} MiB at the peak, with one thread (`python3 -m labkit run --inplace`)"
+    title.source = re.sub(r"^Measured:.*$", line, title.source, flags=re.MULTILINE)
 
 
 class MemoryWatch:

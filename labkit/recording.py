@@ -1,4 +1,4 @@
-"""Recording: episodes under scripted or human operators, as `Demonstration`s, each with its split. What a folder of them looks like is in demonstrations.py."""
+"""Recording: episodes under scripted or human operators, as `Demonstration`s, each with its split. Their files are in demonstrations.py."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def split_of(index: int, shares: tuple[int, int, int] = SHARES) -> str:
     """
     counts, total = [0, 0, 0], sum(shares)
     for i in range(index % total + 1):
-        lag = [share * (i + 1) - total * count for share, count in zip(shares, counts)]
+        lag = [share * (i + 1) - total * count for share, count in zip(shares, counts, strict=True)]
         chosen = lag.index(max(lag))
         counts[chosen] += 1
     return SPLITS[chosen]
@@ -59,7 +59,8 @@ def record(task, operator="expert", *, episodes: int, seed: int, variation: Vari
         if demonstration.success or keep_failures:
             yield demonstration
         if failed == _PATIENCE:
-            raise ValueError(f"the operator {demonstration.operator!r} failed {env.task!r} {failed} times in a row: choose an easier variation")
+            raise ValueError(f"the operator {demonstration.operator!r} failed {env.task!r} {failed} times in a row: "
+                             f"choose another operator or an easier variation")
 
 
 def record_episode(env: Tabletop, operator, seed: int, split: str = "train") -> Demonstration:
@@ -84,7 +85,7 @@ def record_episode(env: Tabletop, operator, seed: int, split: str = "train") -> 
         rows.append((seen["rgb"], seen["depth"], bool(seen["holding"]), _rounded(seen["joints"]), waypoint, reward,
                      len(path) * arms.CONTROL_SECONDS, _rounded([path[i] for i in thinned])))
         over = terminated or truncated
-    *columns, poses = zip(*rows)
+    *columns, poses = zip(*rows, strict=True)
     images, depth, holding, joints, actions, rewards, seconds = map(np.stack, columns)
     episode, name = env.episode, getattr(decide, "name", getattr(decide, "__name__", type(decide).__name__))
     return Demonstration(

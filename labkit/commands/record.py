@@ -1,4 +1,4 @@
-"""`record`: demonstrations by scripted operators, into a dataset folder. The recording is in labkit/recording.py, the files in labkit/demonstrations.py."""
+"""`record`: demonstrations by scripted operators, into a dataset folder. How is in labkit/recording.py and labkit/demonstrations.py."""
 
 from pathlib import Path
 
@@ -17,10 +17,10 @@ VARIATIONS = (
 
 def add_arguments(parser):
     parser.add_argument("--task", required=True, nargs="+", metavar="TASK", help="pick, put, stack ...; several are recorded in turn")
-    parser.add_argument("--operator", default=["expert"], nargs="+", metavar="NAME", help="expert (the default), ana, ben, chi; several take turns")
+    parser.add_argument("--operator", default=["expert"], nargs="+", metavar="NAME", help="expert, ana, ben, chi; several in turn (expert)")
     parser.add_argument("--episodes", type=int, default=50, metavar="N", help="successful episodes wanted, in all splits together (50)")
-    parser.add_argument("--seed", type=int, required=True, metavar="S", help="seed of the first episode; every further attempt takes the next one")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the dataset; made, or continued if the same command made it")
+    parser.add_argument("--seed", type=int, required=True, metavar="S", help="seed of the first attempt; each further one takes the next")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the dataset: made, or continued if this command made it")
     parser.add_argument("--split", type=int, nargs=3, default=[80, 10, 10], metavar=("TRAIN", "VALIDATION", "TEST"),
                         help="shares of the three splits (80 10 10)")
     parser.add_argument("--drop-failures", action="store_true", help="do not keep the episodes that fail")
@@ -39,14 +39,14 @@ def main(args):
 
     if args.episodes < 1:
         raise ValueError(f"--episodes is {args.episodes}; at least one is needed")
-    conditions = given_variation(args)
+    conditions, keep = given_variation(args), not args.drop_failures
     recipe = {
         "tasks": args.task, "operators": args.operator, "episodes": args.episodes, "seed": args.seed, "split": args.split,
-        "keep_failures": not args.drop_failures, "variation": conditions,
+        "keep_failures": keep, "variation": conditions,
     }  # fmt: skip
     done = progress(args.out)
     demonstrations = record(
-        args.task, args.operator, episodes=args.episodes, seed=args.seed, shares=args.split, keep_failures=not args.drop_failures, done=done,
+        args.task, args.operator, episodes=args.episodes, seed=args.seed, shares=args.split, done=done, keep_failures=keep,
         variation=Variation(**{name: tuple(value) if isinstance(value, list) else value for name, value in conditions.items()}),
     )
     try:

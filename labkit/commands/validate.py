@@ -24,7 +24,7 @@ def main(args):
         return 1 if broken else 0
     for folder, problems in found.items():
         for problem in problems:
-            print(f"{'warning: ' if problem.warning else ''}{folder / problem.file}{problem.place and ', ' + problem.place}: {problem.message}")
+            print(problem.in_folder(folder))
     sound = [folder for folder in found if folder not in broken]
     if sound:
         print(HEADER, *(row(folder, summary(folder)) for folder in sound), sep="\n")
