@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     "DATA": "paths",
-    "Samples": "sft",
+    "Samples": "demonstrations",
     "Tabletop": "tabletop",
     "UserError": "errors",
     "Variation": "tabletop",
@@ -20,12 +20,9 @@ _MODULE_OF = {
     "fine_tune": "sft",
     "load_policy": "policy",
     "lora": "sft",
-    "read_demonstrations": "demonstrations",
     "rollout": "rollouts",
-    "samples_of": "demonstrations",
     "set_up": "session",
     "talk_to_robot": "watch",
-    "validate": "dataset_check",
     "wilson": "rollouts",
 }
 

@@ -195,10 +195,12 @@ class _Split:
 
 
 def _refuse_another(folder, about):
-    """Raise UserError unless `folder` is empty, absent, or the same recipe's dataset with no more episodes than are wanted."""
+    """Raise UserError unless `folder` is empty, absent, without an episode, or the same recipe's dataset and no longer than wanted."""
     if not (folder / ABOUT).is_file():
         if folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir()):
             raise UserError(f"{folder} is not empty and has no {ABOUT}: choose another folder")
+        return
+    if progress(folder) == (0, 0):
         return
     there, wanted = read_json(folder / ABOUT).get("recipe", {}), json.loads(json.dumps(about["recipe"]))
     for key in sorted({*there, *wanted} - {"episodes"}):

@@ -132,13 +132,27 @@ def _load(source, quantization, device, dtype):
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if absent:
         raise UserError(f"{source}: the weights do not fit the configuration; {len(absent)} tensors are missing or have another shape, first {absent[0]}")
-    return processor, model if quantization else model.to(device)
+    if quantization:
+        _never_repack(model)
+        return processor, model
+    return processor, model.to(device)
 
 
 def _nf4():
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
+
+
+def _never_repack(model):
+    """Keep 4-bit weights as they are on disk.
+
+    On CPUs with AVX512-BF16, bitsandbytes packs them anew when the model first acts. From then on it computes in bfloat16, LoRA gets no
+    gradient at all, without a word, and layers whose width is no multiple of 64 (PaliGemma's vision tower has some) raise.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _attach(model, folder):

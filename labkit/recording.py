@@ -46,8 +46,12 @@ def record(task, operator="expert", *, episodes: int, seed: int, variation: Vari
     operators = [_operator(one) for one in (operator if isinstance(operator, (list, tuple)) else [operator])]
     if len(shares) != len(SPLITS) or min(shares) < 0 or sum(shares) < 1:
         raise ValueError(f"the shares are {shares}: three whole numbers for {', '.join(SPLITS)} are needed, not all zero")
+    # A generator of its own, so that a wrong name is refused here and not when the first episode is asked for.
+    return _record(tasks, operators, episodes, seed, variation, shares, keep_failures, *done)
+
+
+def _record(tasks, operators, episodes, seed, variation, shares, keep_failures, successes, attempts):
     environments = {name: Tabletop(name, variation) for name in tasks}
-    successes, attempts = done
     failed = 0
     while successes < episodes:
         env = environments[tasks[successes % len(tasks)]]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import platform
 from importlib.metadata import version
 
-# One number for the whole course: two threads give other rounding, and so other numbers, than one.
-THREADS = 1
+from labkit.processes import THREADS
+
 _SHOWN = ("torch", "transformers", "peft", "mujoco", "gymnasium")
 
 
-def set_up(seed: int = 0, threads: int = THREADS) -> str:
+def set_up(seed: int = 0, threads: int = int(THREADS["OMP_NUM_THREADS"])) -> str:
     """Prepare a notebook and print one line about where it runs; returns the device, "cuda" or "cpu".
 
+    threads: the course's number; another one gives other rounding, and so other figures.
     seed: for torch's global generator, which only code of a lesson itself may draw from; labkit's functions take their own seeds.
     """
     import torch

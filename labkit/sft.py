@@ -10,22 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from labkit.batches import IGNORED, with_action
-
-
-@dataclass
-class Samples:
-    """What fine-tuning learns from, one row a decision.
-
-    instructions: N sentences.   images: (N, H, W, 3) uint8.   holding: (N,) bool.   actions: (N, 4) x, y, z in metres, grip.
-    """
-
-    instructions: list[str]
-    images: np.ndarray
-    holding: np.ndarray
-    actions: np.ndarray
-
-    def __len__(self):
-        return len(self.instructions)
+from labkit.demonstrations import Samples
 
 
 @dataclass

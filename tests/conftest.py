@@ -22,11 +22,11 @@ SENTENCES = [
 
 @pytest.fixture(scope="session")
 def shipped_policy():
-    """The policy in data/tiny_vla; tests that need it are skipped while there is none."""
+    """The policy in data/tiny_vla; tests that need it are skipped until it is finished."""
     from labkit.policy import SHIPPED, load_policy
 
-    if not (SHIPPED["tiny"] / "model.safetensors").exists():
-        pytest.skip("data/tiny_vla holds no checkpoint yet: `python -m labkit pretrain` makes it")
+    if not (SHIPPED["tiny"] / "freeze.json").exists():
+        pytest.skip("data/tiny_vla holds no finished checkpoint (freeze.json is missing): `python -m labkit pretrain` makes it")
     return load_policy("tiny", device="cpu")
 
 
@@ -68,7 +68,7 @@ def observations():
 def samples(observations):
     """What `fine_tune` learns from: the observations, each with an action drawn at random."""
     from labkit.actions import HIGH, LOW
-    from labkit.sft import Samples
+    from labkit.demonstrations import Samples
 
     return Samples(
         [o["instruction"] for o in observations], np.stack([o["rgb"] for o in observations]),

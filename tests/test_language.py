@@ -143,6 +143,14 @@ def test_two_commands_of_one_scene_never_share_a_sentence():
         assert ambiguous == {}
 
 
+def test_no_sentence_about_full_names_can_mean_two_commands_in_any_scene():
+    meanings = defaultdict(set)
+    for command in single_commands():
+        for text in sentences(command) + sentences(command, held_out=True):
+            meanings[tuple(words(text))].add((command.task, command.object if command.task != "spatial" else "", command.destination))
+    assert {text: found for text, found in meanings.items() if len(found) > 1} == {}
+
+
 def test_a_sentence_means_the_command_it_was_made_of():
     rng = np.random.default_rng(3)
     for i, task in enumerate(TASKS):

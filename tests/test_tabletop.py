@@ -278,6 +278,7 @@ def test_surfaces_have_the_colours_that_lambert_shading_of_their_paint_gives():
     image, _ = photograph(replace(HAND_SCENE, things=(Thing("red", "block", 0.0, 0.0, 0.4),)))
     column, row = project([[0.0, 0.0, 0.0605]])[0][0].astype(int)
     assert np.abs(image[row, column] - np.array([0.85, 0.12, 0.10]) * 0.89447 * 255).max() <= 1
+    assert np.abs(image[0, 0] - np.array([0.30, 0.32, 0.36]) * 255).max() <= 1, "the room behind has no shading"
     column, row = project([[0.2, -0.2, 0.0]])[0][0].astype(int)
     assert np.abs(image[row, column] - np.array([0.62, 0.58, 0.52]) * 0.89447 * 255).max() <= 1
     for tray, rgb in zip(BINS, ((0.85, 0.12, 0.10), (0.10, 0.62, 0.20), (0.10, 0.25, 0.85))):
