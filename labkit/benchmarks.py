@@ -64,10 +64,10 @@ def camera(frames: int = 500) -> Measurement:
 
 
 def _samples(count=64):
+    from labkit.actions import small_action
     from labkit.demonstrations import Samples
     from labkit.tabletop import Tabletop
     from labkit.tabletop.experts import next_waypoint
-    from labkit.actions import small_action
 
     rows = []
     for seed in range(count):

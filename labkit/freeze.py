@@ -23,9 +23,11 @@ def frozen_parts() -> dict[str, str]:
 
     environment = [
         ENV_ID, scene.mjcf(("ball", "block", "cup")), scene.BIN_PLACES, scene.OBJECT_AREA, scene.ZONE_PLACES, scene.FORWARD_PLACE,
-        scene.OBJECT_SPACING, scene.HOME, scene.SAFE_HEIGHT, scene.RGBA, arm.LOW.tolist(), arm.HIGH.tolist(), arm.SPEED, arm.BLOCKED,
-        {name: task.decisions for name, task in tasks.TASKS.items()}, tasks.BESIDE_GAP, tasks.FLOOR, tasks.HOVER, repr(camera.Camera()), actions.BINS, actions.LOW.tolist(), actions.HIGH.tolist(),
-    ]
+        scene.OBJECT_SPACING, scene.HOME, scene.SAFE_HEIGHT, scene.RGBA,
+        arm.LOW.tolist(), arm.HIGH.tolist(), arm.SPEED, arm.BLOCKED,
+        {name: task.decisions for name, task in tasks.TASKS.items()}, tasks.BESIDE_GAP, tasks.FLOOR, tasks.HOVER,
+        repr(camera.Camera()), actions.BINS, actions.LOW.tolist(), actions.HIGH.tolist(),
+    ]  # fmt: skip
     return {
         "environment": _hash(json.dumps(environment).encode()),
         "vocabulary": _hash("\n".join(instructions.vocabulary()).encode()),
@@ -38,14 +40,30 @@ def freeze_hash() -> str:
     return _hash(json.dumps(frozen_parts(), sort_keys=True).encode())[:_SHOWN]
 
 
-def stored_freeze(folder: Path = CHECKPOINT) -> dict[str, str]:
-    """What was written when the checkpoint was made: the three parts and `freeze`."""
+def stored_freeze(folder: Path = CHECKPOINT) -> dict:
+    """What was written when the checkpoint was made: the three parts, `freeze` and `golden_episode`."""
     return json.loads((folder / "freeze.json").read_text(encoding="utf-8"))
+
+
+def golden_episode() -> dict:
+    """What one scripted episode comes to: catches a change of physics or drawing that no constant of `frozen_parts` shows.
+
+    instruction; positions: three centres in metres at the end, rounded to the millimetre; brightness: mean of the last picture.
+    """
+    from labkit.tabletop import Tabletop
+    from labkit.tabletop.experts import next_waypoint
+
+    env = Tabletop("stack")
+    observation, _ = env.reset(seed=2024)
+    for _ in range(2):
+        observation, *_ = env.step(next_waypoint(env.episode.command, env.episode.scene, env.start, env.state))
+    return {"instruction": env.episode.instruction, "positions": env.state.positions.round(3).tolist(),
+            "brightness": round(float(observation["rgb"].mean()), 1)}
 
 
 def write_freeze(folder: Path = CHECKPOINT) -> str:
     """Write `freeze.json` beside the checkpoint; returns the hash."""
-    parts = {**frozen_parts(), "freeze": freeze_hash()}
+    parts = {**frozen_parts(), "freeze": freeze_hash(), "golden_episode": golden_episode()}
     (folder / "freeze.json").write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
     return parts["freeze"]
 

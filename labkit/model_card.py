@@ -57,19 +57,20 @@ def write_card(folder: Path, command: str) -> Path:
     about = "\n".join(f"- `{name}`: {TASKS[name].about}" for name in (*PRETRAINING_TASKS, *NEW_TASKS))
     lines = f"""# The tiny VLA
 
-A vision-language-action policy small enough for a laptop: `LlavaForConditionalGeneration` with a tiny CLIP vision tower and a tiny Llama, a word-level
-tokenizer and 256-bin action tokens, trained from nothing on scenes of `labkit/Tabletop-v0`. It sees one 48 x 48 RGB image, one sentence and one word
-for the vacuum sensor, and says the next waypoint (x, y, z, grip).
+A vision-language-action policy small enough for a laptop: `LlavaForConditionalGeneration` with a tiny CLIP vision tower and a tiny Llama,
+a word-level tokenizer and 256-bin action tokens, trained from nothing on scenes of `labkit/Tabletop-v0`. It sees one 48 x 48 RGB image,
+one sentence and one word for the vacuum sensor, and says the next waypoint (x, y, z, grip).
 
 Made by `{command}`. Freeze: `{freeze}` (environment, vocabulary and checkpoint; see `freeze.json`).
 
 ## Recipe and cost
 
-{recipe['scenes']:,} scenes labelled by the noise-free expert for every instruction they allow; {last['step']:,} steps of {recipe['images_per_batch']} images with
-{recipe['commands_per_image']} instructions each, {samples:,} samples in all; AdamW, learning rate {recipe['learning_rate']} with {recipe['warm_up']} steps of warm-up, constant
-to {100 * recipe['constant_until']:.0f} %, then linear to {100 * recipe['final_rate']:.0f} %; targets are a Gaussian of {recipe['ordinal_bins']:.0f} bins around the true bin.
-It took {last['seconds'] / 60:.0f} minutes with one thread on two busy cores, without a GPU. `early/` is the same run at {100 * recipe['early']:.0f} % of its
-steps, `middle/` at {100 * recipe['middle']:.0f} %.
+{recipe['scenes']:,} scenes labelled by the noise-free expert for every instruction they allow; {last['step']:,} steps of
+{recipe['images_per_batch']} images with {recipe['commands_per_image']} instructions each, {samples:,} samples in all; AdamW, learning rate
+{recipe['learning_rate']} with {recipe['warm_up']} steps of warm-up, constant to {100 * recipe['constant_until']:.0f} %, then linear to
+{100 * recipe['final_rate']:.0f} % of it; targets are a Gaussian of {recipe['ordinal_bins']:.0f} bins around the true bin.
+It took {last['seconds'] / 60:.0f} minutes with one thread on two busy cores, without a GPU. `early/` is the same run at
+{100 * recipe['early']:.0f} % of its steps, `middle/` at {100 * recipe['middle']:.0f} %, both stored in half precision.
 
 ## Success in closed loop
 
@@ -84,8 +85,9 @@ Seeds {evaluation['seed']} onwards, which pretraining never saw; Wilson interval
 
 ## Limits
 
-It knows {len(TASKS)} kinds of task by name and {len(PRETRAINING_TASKS)} by training, five colours, three shapes, one table, one camera. It does not read depth, remembers nothing
-between decisions, and says something for any sentence, also for one it does not understand. It is a teaching object, not a robot controller.
+It knows {len(TASKS)} kinds of task by name and {len(PRETRAINING_TASKS)} by training, five colours, three shapes, one table, one camera.
+It does not read depth, remembers nothing between decisions, and says something for any sentence, also for one it does not understand.
+It is a teaching object, not a robot controller.
 """
     path = folder / "README.md"
     path.write_text(lines, encoding="utf-8")

@@ -120,18 +120,19 @@ def load_policy(name: str | Path = "tiny", quantization: str | None = None, adap
 def _load(source, quantization, device, dtype):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    options = {"dtype": dtype or torch.float32, "output_loading_info": True}
+    options = {"dtype": dtype or torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if quantization:
         options |= {"quantization_config": _nf4(), "device_map": {"": device}}
     try:
         processor = AutoProcessor.from_pretrained(source)
         model, info = AutoModelForImageTextToText.from_pretrained(source, **options)
     except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"{source} cannot be loaded as an image-text-to-text model: {reason}") from error
-    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if absent:
-        raise UserError(f"{source}: the weights do not fit the configuration; {len(absent)} tensors are missing or have another shape, first {absent[0]}")
+        raise UserError(f"{source} cannot be loaded as an image-text-to-text model: {_in_one_line(error)}") from error
+    # A mismatched tensor would otherwise be replaced by random numbers, and an unexpected one dropped, without an error.
+    wrong = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"]) + sorted(info["unexpected_keys"])
+    if wrong:
+        raise UserError(f"{source}: the weights do not fit the configuration; {len(wrong)} tensors are missing, have no place or have "
+                        f"another shape, the first is {wrong[0]}")
     if quantization:
         _never_repack(model)
         return processor, model
@@ -162,5 +163,10 @@ def _attach(model, folder):
         raise UserError(f"{folder} holds no adapter: adapter_config.json is missing")
     try:
         return PeftModel.from_pretrained(model, str(folder))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{folder}: the adapter does not fit this model: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        raise UserError(f"{folder}: the adapter does not fit this model: {_in_one_line(error)}") from error
+
+
+def _in_one_line(error):
+    """What another library says of its trouble, in one line that is not too long."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass, replace
@@ -42,6 +44,11 @@ class Recipe:
     seed: int = 0
     early: float = 0.10
     middle: float = 0.35
+
+    @property
+    def digest(self) -> str:
+        """Eight hexadecimal digits that tell this recipe from any other."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
 
     def rate(self, step: int) -> float:
         """Learning rate at a step: warm-up, constant, then linear to `final_rate` of the peak."""
@@ -205,15 +212,15 @@ def pretrain(recipe: Recipe, out: Path, cache: Path, threads: int = 1, save_ever
     sampler, processor, model = Sampler(images, samples, recipe), build_processor(), build_model(recipe.seed)
     prompts, action_ids = PromptBuilder(processor), action_token_ids(processor.tokenizer)
     optimiser = torch.optim.AdamW(model.parameters(), recipe.learning_rate, recipe.betas, weight_decay=recipe.weight_decay, fused=True)
-    state_file, log, first, seconds = cache / f"state-seed{recipe.seed}.pt", [], 0, 0.0
+    state_file, log, first, seconds = cache / f"state-{recipe.digest}.pt", [], 0, 0.0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         log, first, seconds = json.loads(state["log"]), state["step"], state["seconds"]
 
-    def save(folder):
-        model.save_pretrained(folder)
+    def save(folder, dtype=torch.float32):
+        copy.deepcopy(model).to(dtype).save_pretrained(folder)
         processor.save_pretrained(folder)
 
     marks = {round(recipe.steps * recipe.early): out / "early", round(recipe.steps * recipe.middle): out / "middle"}
@@ -244,7 +251,8 @@ def pretrain(recipe: Recipe, out: Path, cache: Path, threads: int = 1, save_ever
                 bar.set_postfix(object=f"{log[-1]['object_nats']:.2f}", destination=f"{log[-1]['destination_nats']:.2f}")
                 sums[:] = 0
             if done in marks:
-                save(marks[done])
+                # Half precision: these two are only compared with, and every clone carries them.
+                save(marks[done], torch.float16)
             if done % save_every == 0 or done == last:
                 partial = state_file.with_suffix(".partial")
                 torch.save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": done,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from html import escape
 from dataclasses import dataclass, field
+from html import escape
 
 import numpy as np
 

@@ -2,12 +2,12 @@
 
 import os
 
+import pytest
+
 from labkit.processes import THREADS
 
+# Before anything imports torch or transformers: that is why every heavy import of this file stands inside a fixture.
 os.environ.update(THREADS, HF_HUB_OFFLINE="1")
-
-import numpy as np
-import pytest
 
 # Short and long sentences in one batch, so that every batch has padding.
 SENTENCES = [
@@ -67,6 +67,8 @@ def observations():
 @pytest.fixture(scope="session")
 def samples(observations):
     """What `fine_tune` learns from: the observations, each with an action drawn at random."""
+    import numpy as np
+
     from labkit.actions import HIGH, LOW
     from labkit.demonstrations import Samples
 

@@ -8,7 +8,9 @@ from labkit.actions import HIGH, LOW, action_to_bins
 from labkit.batches import IGNORED, PromptBuilder, action_token_ids, prompt_text, with_action
 from labkit.tiny_vla import build_processor
 
-SENTENCES = ["pick up the red block", "please put the yellow sphere next to the purple mug", "go to the blue bin then go to the red cube", "grasp it"]
+SENTENCES = [
+    "pick up the red block", "please put the yellow sphere next to the purple mug", "go to the blue bin then go to the red cube", "grasp it",
+]
 
 
 def reference(processor, sentences, images, holding):
@@ -76,7 +78,8 @@ def test_the_vacuum_sensor_is_one_word_of_the_prompt(processor):
 
 
 def test_the_sentence_comes_before_the_image_and_the_act_token_last(processor):
-    tokens = processor.tokenizer.convert_ids_to_tokens(PromptBuilder(processor)(["grasp it"], pictures(1), [False])["input_ids"][0].tolist())
+    ids = PromptBuilder(processor)(["grasp it"], pictures(1), [False])["input_ids"][0].tolist()
+    tokens = processor.tokenizer.convert_ids_to_tokens(ids)
     assert tokens == ["grasp", "it", "empty", *["<image>"] * 36, "<act>"]
     assert prompt_text(processor, "grasp it", False) == "grasp it empty <image><act>"
 

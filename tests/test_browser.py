@@ -122,6 +122,7 @@ def read_whole_notebook(page):
     for index in range(cells.count()):
         cell = cells.nth(index)
         cell.scroll_into_view_if_needed()
-        errors += cell.locator("[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']").all_inner_texts()
+        errors += cell.locator("[data-mime-type='application/vnd.jupyter.error']").all_inner_texts()
+        errors += cell.locator("[data-mime-type='application/vnd.jupyter.stderr']").all_inner_texts()
         pictures += cell.locator(".jp-OutputArea-output img").count()
     return {"errors": [text for text in errors if "Error" in text], "pictures": pictures}

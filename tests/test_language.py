@@ -9,7 +9,19 @@ import pytest
 from labkit.actions import BINS, HIGH, LOW, NAMES, action_to_bins, bins_to_action, full_waypoint, small_action
 from labkit.batches import action_token_ids
 from labkit.instructions import (
-    BIN_NOUNS, COLOURS, EXTREMES, FRAMES, SHAPE_NOUNS, SHAPES, ZONES, Command, say, sentences, unknown_words, vocabulary, words,
+    BIN_NOUNS,
+    COLOURS,
+    EXTREMES,
+    FRAMES,
+    SHAPE_NOUNS,
+    SHAPES,
+    ZONES,
+    Command,
+    say,
+    sentences,
+    unknown_words,
+    vocabulary,
+    words,
 )
 from labkit.tabletop import Variation
 from labkit.tabletop.scene import sample_scene
@@ -249,7 +261,9 @@ def test_actions_beyond_the_workspace_go_to_the_nearest_end_bin():
     assert action_to_bins(HIGH).tolist() == action_to_bins(HIGH + 5).tolist() == [255] * 4
 
 
-@pytest.mark.parametrize("action, message", [([0, 0, np.nan, 1], "finite"), ([np.inf, 0, 0, 1], "finite"), ([0, 0, 0], "4 numbers"), (np.zeros((2, 7)), "4 numbers")])
+@pytest.mark.parametrize("action, message", [
+    ([0, 0, np.nan, 1], "finite"), ([np.inf, 0, 0, 1], "finite"), ([0, 0, 0], "4 numbers"), (np.zeros((2, 7)), "4 numbers"),
+])
 def test_actions_that_are_no_actions_are_refused(action, message):
     with pytest.raises(ValueError, match=message):
         action_to_bins(action)

@@ -100,7 +100,9 @@ def broken(notebook, fault):
     return notebook
 
 
-@pytest.mark.parametrize("fault", ["alternative text", "installs", "executed", "role", "comes after", "stored error", "set-up cell", "bytes, at most"])
+@pytest.mark.parametrize("fault", [
+    "alternative text", "installs", "executed", "role", "comes after", "stored error", "set-up cell", "bytes, at most",
+])
 def test_each_house_rule_can_be_broken(fault, tmp_path):
     notebook = nbformat.read(sorted(NOTEBOOKS.glob("*.ipynb"))[0], as_version=4)
     path = tmp_path / "broken.ipynb"

@@ -1,7 +1,7 @@
-"""The same lesson code on two other families of vision-language models, built small with random weights and saved here.
+"""The same lesson code on other families of vision-language models, built small with random weights and saved here.
 
-Idefics3 is the class of the first SmolVLM models. SmolVLM2 has a class of its own, whose processor asks for torchvision and num2words,
-neither of which the course installs.
+The first SmolVLM models on the hub are of the class Idefics3, processor included; SmolVLM2 has a class of its own. Its own processor
+asks for torchvision and num2words, which the course does not install, so here it takes the processor of Idefics3.
 """
 
 import numpy as np
@@ -52,22 +52,46 @@ def vision_size(pixels):
                 initializer_range=0.2)
 
 
-def build_idefics3():
-    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessorPil, Idefics3Processor, LlamaConfig
+def idefics3_processor():
+    from transformers import Idefics3ImageProcessorPil, Idefics3Processor
 
     tokenizer = small_tokenizer("<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
     images = Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 64}, do_image_splitting=False)
-    processor = Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=CHAT_TEMPLATE)
-    config = Idefics3Config(
-        vision_config={"model_type": "idefics3_vision", **vision_size(64)}, text_config=LlamaConfig(**text_size(tokenizer)), scale_factor=2,
+    return Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=CHAT_TEMPLATE)
+
+
+def sizes_for(processor, vision_type):
+    from transformers import LlamaConfig
+
+    tokenizer = processor.tokenizer
+    return dict(
+        vision_config={"model_type": vision_type, **vision_size(64)}, text_config=LlamaConfig(**text_size(tokenizer)), scale_factor=2,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"), pad_token_id=tokenizer.pad_token_id,
     )
-    return Idefics3ForConditionalGeneration, config, processor
+
+
+def build_idefics3():
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+    processor = idefics3_processor()
+    return Idefics3ForConditionalGeneration, Idefics3Config(**sizes_for(processor, "idefics3_vision")), processor
+
+
+def build_smolvlm():
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    processor = idefics3_processor()
+    return SmolVLMForConditionalGeneration, SmolVLMConfig(**sizes_for(processor, "smolvlm_vision")), processor
 
 
 def build_paligemma():
     from transformers import (
-        GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor, SiglipImageProcessorPil, SiglipVisionConfig,
+        GemmaConfig,
+        PaliGemmaConfig,
+        PaliGemmaForConditionalGeneration,
+        PaliGemmaProcessor,
+        SiglipImageProcessorPil,
+        SiglipVisionConfig,
     )
 
     tokenizer = small_tokenizer()
@@ -81,7 +105,7 @@ def build_paligemma():
     return PaliGemmaForConditionalGeneration, config, processor
 
 
-FAMILIES = {"idefics3": build_idefics3, "paligemma": build_paligemma}
+FAMILIES = {"idefics3": build_idefics3, "smolvlm": build_smolvlm, "paligemma": build_paligemma}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -159,7 +183,8 @@ def test_its_loss_is_transformers_own_and_masks_the_prompt(policy, samples):
 
 def test_padding_does_not_change_its_loss(policy, samples):
     def part(count):
-        return tokenize(policy, Samples(samples.instructions[:count], samples.images[:count], samples.holding[:count], samples.actions[:count]))
+        columns = (samples.instructions, samples.images, samples.holding, samples.actions)
+        return tokenize(policy, Samples(*(column[:count] for column in columns)))
 
     alone, padded = part(1), {name: value[:1] for name, value in part(2).items()}
     assert (padded["attention_mask"] == 0).any()

@@ -9,7 +9,6 @@ import torch
 
 from labkit.actions import NAMES, bins_to_action
 from labkit.errors import UserError
-from labkit.freeze import freeze_hash, frozen_parts, stored_freeze
 from labkit.policy import QUANTIZATIONS, load_policy
 from labkit.sft import batch_loss, fine_tune, lora, tokenize
 from labkit.tabletop import Tabletop
@@ -158,13 +157,11 @@ def test_weights_that_are_missing_are_named(broken):
     assert "layers.4" in one_sentence(broken)
 
 
-@pytest.mark.xfail(strict=True, reason="policy._load accepts tensors that the model has no place for (info['unexpected_keys'])")
 def test_weights_that_have_no_place_are_named(broken):
     reconfigure(broken, num_hidden_layers=3)
     assert "layers.3" in one_sentence(broken)
 
 
-@pytest.mark.xfail(strict=True, reason="policy._load passes on transformers' words about ignore_mismatched_sizes, which name no tensor")
 def test_weights_of_another_width_are_named(broken):
     reconfigure(broken, intermediate_size=96)
     assert "gate_proj" in one_sentence(broken) or "mlp" in one_sentence(broken)
@@ -182,7 +179,6 @@ def test_a_damaged_checkpoint_is_one_sentence(broken, damage):
     assert str(broken) in one_sentence(broken)
 
 
-@pytest.mark.xfail(strict=True, reason="policy._load keeps the first line of transformers' message, which ends in a colon")
 def test_a_missing_tokenizer_is_one_sentence(broken):
     (broken / "tokenizer.json").unlink()
     assert str(broken) in one_sentence(broken)
@@ -206,14 +202,12 @@ def test_an_adapter_for_other_layers_is_named(tiny_folder, adapter):
     assert "query" in one_sentence(tiny_folder, adapter=adapter)
 
 
-@pytest.mark.xfail(strict=True, reason="policy._attach keeps the first line of torch's message, which names no tensor")
 def test_an_adapter_of_another_rank_is_named(tiny_folder, adapter):
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "r": 3}))
     assert "lora" in one_sentence(tiny_folder, adapter=adapter)
 
 
-@pytest.mark.xfail(strict=True, reason="policy._attach lets safetensors' own exception through")
 def test_a_damaged_adapter_is_one_sentence(tiny_folder, adapter):
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
@@ -278,9 +272,11 @@ def test_lora_on_nf4_gets_the_gradients_that_lora_on_dequantized_weights_gets(ti
 
 def packed_weights(model):
     """The 4-bit bytes of every quantised layer, by the layer's name in the plain model."""
+    from bitsandbytes.nn import Linear4bit
+
     return {
         name.replace("base_model.model.", "").replace(".base_layer", ""): module.weight.data.clone()
-        for name, module in model.named_modules() if type(module).__module__.startswith("bitsandbytes") and type(module).__name__ == "Linear4bit"
+        for name, module in model.named_modules() if type(module) is Linear4bit
     }
 
 
@@ -325,12 +321,6 @@ def test_a_quantized_policy_decides_what_its_dequantized_weights_decide(tiny_fol
 
 
 # --- the shipped policy ----------------------------------------------------------------------------------------------------
-
-def test_environment_vocabulary_and_checkpoint_are_those_that_were_frozen_together(shipped_policy):
-    stored = stored_freeze()
-    assert frozen_parts() == {name: stored[name] for name in ("environment", "vocabulary", "checkpoint")}
-    assert freeze_hash() == stored["freeze"]
-
 
 def test_the_shipped_policy_decodes_with_the_cache_as_without(shipped_policy, observations):
     assert np.array_equal(shipped_policy.decide(observations).bins, decode_without_cache(shipped_policy, observations)[0])

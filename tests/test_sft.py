@@ -78,7 +78,7 @@ def supervised_from(batch, starts):
     return {**batch, "labels": labels}
 
 
-@pytest.mark.parametrize("starts", [(-4, -4, -4, -4, -4, -4), (-1, -1, -1, -1, -1, -1), (-4, -2, -1, -3, -4, -1), (-9, -4, -4, -4, -30, -4), (1, -4, -4, -4, -4, -4)],
+@pytest.mark.parametrize("starts", [(-4,) * 6, (-1,) * 6, (-4, -2, -1, -3, -4, -1), (-9, -4, -4, -4, -30, -4), (1, -4, -4, -4, -4, -4)],
                          ids=["actions", "last token", "ragged", "longer", "nearly everything"])
 def test_computing_only_the_logits_that_count_changes_nothing(tiny_policy, batch, starts):
     model = tiny_policy.model

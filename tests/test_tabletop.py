@@ -21,7 +21,17 @@ from labkit.tabletop import ENV_ID, Tabletop, Variation
 from labkit.tabletop.camera import Camera
 from labkit.tabletop.experts import EXPERT, OPERATORS, next_waypoint
 from labkit.tabletop.scene import (
-    BIN_HALF, BIN_PLACES, FORWARD_PLACE, HALF_HEIGHT, OBJECT_AREA, RADIUS, ZONE_PLACES, Bin, Scene, Thing, sample_scene,
+    BIN_HALF,
+    BIN_PLACES,
+    FORWARD_PLACE,
+    HALF_HEIGHT,
+    OBJECT_AREA,
+    RADIUS,
+    ZONE_PLACES,
+    Bin,
+    Scene,
+    Thing,
+    sample_scene,
 )
 from labkit.tabletop.tasks import TASKS, State, beside_place, commands, is_done, is_held_out, leg_target, yaw_error
 
@@ -86,7 +96,8 @@ def test_the_same_seed_gives_the_same_episode_in_another_process_and_after_other
     for task in TASKS:
         run_episode(Tabletop(task), expert, seed=99)
     assert episode_digest() == here
-    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import test_tabletop; print(test_tabletop.episode_digest())"
+    folders = [str(ROOT), str(ROOT / "tests")]
+    code = f"import sys; sys.path[:0] = {folders!r}; import test_tabletop; print(test_tabletop.episode_digest())"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == here
 
@@ -163,6 +174,38 @@ def test_a_grasped_object_hangs_under_the_pad_at_home_and_the_sensor_says_so():
         hanging = tip - [0, 0, HALF_HEIGHT[held.shape]]
         assert np.abs(env.state.positions[index] - hanging).max() < 0.012
         assert tip[2] > 0.28
+
+
+BLOCK_SCENE = Scene((Thing("red", "block", 0.0, 0.0), Thing("blue", "ball", 0.15, -0.10)), BINS)
+
+
+def send(waypoint, grip=1.0):
+    """The environment after one waypoint at a red block in the middle of the table."""
+    env = Tabletop("pick")
+    env.reset(seed=0, options={"scene": BLOCK_SCENE, "command": Command("pick", ("red", "block"))})
+    env.step(np.array([*waypoint, 0, 0, 0, grip]))
+    return env
+
+
+def test_the_vacuum_holds_only_what_the_pad_is_pushed_on():
+    """The block's top is 6 cm above the table and 6 cm wide, the pad 2.4 cm; the arm presses 1 cm further than it is sent."""
+    for waypoint in ((0.0, 0.0, 0.06), (0.02, -0.02, 0.06), (0.0, 0.0, 0.066)):
+        assert send(waypoint).state.held == 0
+    for waypoint in ((0.0, 0.0, 0.085), (0.06, 0.0, 0.06), (0.0, -0.06, 0.03), (-0.15, 0.0, 0.01)):
+        assert send(waypoint).state.held is None
+    assert send((0.0, 0.0, 0.06), grip=0.0).state.held is None
+
+
+def test_an_arm_that_is_held_up_stops_and_leaves_the_vacuum_as_it_is():
+    env = send((0.0, 0.0, 0.01))
+    assert env.arm.blocked and env.state.held is None
+    assert np.abs(env.state.positions[0, :2]).max() < 0.03, "the block was not shoved away"
+    env = send((0.0, 0.0, 0.06))
+    assert not env.arm.blocked
+    _, _, _, _, info = env.step(np.array([0.0, -0.195, 0.0, 0, 0, 0, 0.0]))
+    assert info["blocked"] and env.state.held == 0, "the block under the pad meets the table six centimetres early"
+    _, _, _, _, info = env.step(np.array([0.0, -0.195, 0.066, 0, 0, 0, 0.0]))
+    assert not info["blocked"] and env.state.held is None
 
 
 def test_the_end_effector_pose_agrees_with_the_joints():
@@ -438,7 +481,8 @@ def test_align_needs_the_block_square_with_the_bin_up_to_quarter_turns():
 
 
 def test_a_yaw_error_is_the_smallest_turn_between_two_squares():
-    for a, b, degrees in ((0, 0, 0), (10, 0, 10), (0, 10, 10), (80, 0, 10), (45, 0, 45), (90, 0, 0), (-100, 0, 10), (185, 5, 0), (44, -44, 2)):
+    cases = ((0, 0, 0), (10, 0, 10), (0, 10, 10), (80, 0, 10), (45, 0, 45), (90, 0, 0), (-100, 0, 10), (185, 5, 0), (44, -44, 2))
+    for a, b, degrees in cases:
         assert np.isclose(np.degrees(yaw_error(np.radians(a), np.radians(b))), degrees, atol=1e-9), (a, b)
 
 
@@ -486,7 +530,8 @@ def test_a_fifth_of_the_combinations_is_held_out_and_every_object_and_bin_is_sti
         assert sum(c.object[1] == shape for c in held_out) == 5
     env, env_held_out = Tabletop("put"), Tabletop("put_held_out")
     for seed in range(40):
-        env.reset(seed=seed), env_held_out.reset(seed=seed)
+        for each in (env, env_held_out):
+            each.reset(seed=seed)
         assert env.episode.command not in held_out and env_held_out.episode.command in held_out
 
 
@@ -543,7 +588,8 @@ def test_fixed_places_are_kept_and_shifted_by_no_more_than_asked():
     rng = np.random.default_rng(2)
     exact = sample_scene(rng, Variation(places=places))
     assert [(t.x, t.y) for t in exact.things] == list(places)
-    shifts = np.array([[(t.x, t.y) for t in sample_scene(rng, Variation(places=places, place_shift=0.03)).things] for _ in range(200)]) - places
+    scenes = [sample_scene(rng, Variation(places=places, place_shift=0.03)) for _ in range(200)]
+    shifts = np.array([[(t.x, t.y) for t in scene.things] for scene in scenes]) - places
     assert 0.029 < np.abs(shifts).max() <= 0.03
     with pytest.raises(ValueError, match="2 positions for 3 objects"):
         Variation(places=places[:2])

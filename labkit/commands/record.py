@@ -34,6 +34,7 @@ def main(args):
 
     from labkit.dataset_check import summary
     from labkit.demonstrations import progress, write
+    from labkit.freeze import freeze_hash
     from labkit.recording import record
     from labkit.tabletop import Variation
 
@@ -51,7 +52,7 @@ def main(args):
     )
     try:
         with tqdm(total=args.episodes, initial=min(done[0], args.episodes), desc=args.out.name, unit="episode", leave=False) as bar:
-            write(args.out, counted(demonstrations, bar), recipe=recipe, command=command_line(args), provenance={"freeze": None})
+            write(args.out, counted(demonstrations, bar), recipe=recipe, command=command_line(args), provenance={"freeze": freeze_hash()})
     except KeyboardInterrupt:
         print(f"interrupted: {progress(args.out)[0]} of {args.episodes} episodes are in {args.out}; the same command goes on from there")
         return 130

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from labkit.instructions import Command, say
 from labkit.tabletop import arm as arms
 from labkit.tabletop import camera as cameras
-from labkit.tabletop.scene import HALF_HEIGHT, BELT_CENTRE_Y, BELT_HALF_Y, BELT_TOP, Scene, Variation, compiled, paint, sample_scene
+from labkit.tabletop.scene import BELT_CENTRE_Y, BELT_HALF_Y, BELT_TOP, HALF_HEIGHT, Scene, Variation, compiled, paint, sample_scene
 from labkit.tabletop.tasks import State, commands, has_failed, is_done, task_named
 
 ENV_ID = "labkit/Tabletop-v0"

@@ -201,17 +201,25 @@ def mjcf(shapes: tuple[str, ...]) -> str:
       <joint name="x" type="slide" axis="1 0 0"/><joint name="y" type="slide" axis="0 1 0"/><joint name="z" type="slide" axis="0 0 1"/>
       <geom name="arm" type="capsule" fromto="0 0 0.06 0 0 0.34" size="0.014" mass="0.5" contype="0" conaffinity="0"/>
       <body name="wrist" gravcomp="1">
-        <joint name="yaw" type="hinge" armature="0.01" axis="0 0 1"/><joint name="pitch" type="hinge" armature="0.01" axis="0 1 0"/><joint name="roll" type="hinge" armature="0.01" axis="1 0 0"/>
+        <joint name="yaw" type="hinge" armature="0.01" axis="0 0 1"/>
+        <joint name="pitch" type="hinge" armature="0.01" axis="0 1 0"/>
+        <joint name="roll" type="hinge" armature="0.01" axis="1 0 0"/>
         <geom name="stem" type="cylinder" pos="0 0 0.03" size="0.008 0.025" mass="0.1" contype="0" conaffinity="0"/>
-        <body name="pad" gravcomp="1"><geom name="pad" type="box" pos="0 0 0.005" size="0.012 0.012 0.005" mass="0.05" condim="6" friction="1.2 0.05 0.01"/></body>
+        <body name="pad" gravcomp="1">
+          <geom name="pad" type="box" pos="0 0 0.005" size="0.012 0.012 0.005" mass="0.05" condim="6" friction="1.2 0.05 0.01"/>
+        </body>
       </body>
     </body>
     {objects}
   </worldbody>
   <contact><exclude body1="world" body2="belt"/></contact>
   <actuator>
-    <position name="x" joint="x" kp="400" dampratio="1"/><position name="y" joint="y" kp="400" dampratio="1"/><position name="z" joint="z" kp="400" dampratio="1"/>
-    <position name="roll" joint="roll" kp="40" dampratio="1"/><position name="pitch" joint="pitch" kp="40" dampratio="1"/><position name="yaw" joint="yaw" kp="40" dampratio="1"/>
+    <position name="x" joint="x" kp="400" dampratio="1"/>
+    <position name="y" joint="y" kp="400" dampratio="1"/>
+    <position name="z" joint="z" kp="400" dampratio="1"/>
+    <position name="roll" joint="roll" kp="40" dampratio="1"/>
+    <position name="pitch" joint="pitch" kp="40" dampratio="1"/>
+    <position name="yaw" joint="yaw" kp="40" dampratio="1"/>
     <adhesion name="vacuum" body="pad" ctrlrange="0 1" gain="12"/>
     <velocity name="belt" joint="belt" kv="2000"/>
   </actuator>

@@ -9,7 +9,11 @@ import numpy as np
 
 from labkit.instructions import COLOURS, EXTREMES, FRAMES, SHAPES, ZONES, Command, sentences, words
 from labkit.tabletop.scene import (
-    BIN_HALF, FORWARD_PLACE, HALF_HEIGHT, ZONE_PLACES, Scene,
+    BIN_HALF,
+    FORWARD_PLACE,
+    HALF_HEIGHT,
+    ZONE_PLACES,
+    Scene,
 )
 
 BESIDE_GAP = 0.09
