@@ -32,7 +32,7 @@ def measure(folder: Path, episodes: int = 200, progress: bool = True) -> dict:
         add("another instruction of the same scene", task, rollout(policy, task, episodes, instruction="another", progress=progress))
         add("instruction-blind expert (chance)", task, blind_success(task, episodes))
     add("camera moved 16 cm", "put", rollout(policy, "put", episodes, variation=Variation(camera_shift=(0.16, 0, 0)), progress=progress))
-    add("dim light (0.35)", "put", rollout(policy, "put", episodes, variation=Variation(light=0.35), progress=progress))
+    add("dim light (0.2)", "put", rollout(policy, "put", episodes, variation=Variation(light=0.2), progress=progress))
     add("novel objects", "pick", rollout(policy, "pick", episodes, variation=Variation(novel=True), progress=progress))
     for name in ("early", "middle"):
         if (folder / name).exists():

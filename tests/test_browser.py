@@ -97,12 +97,13 @@ def test_a_typed_instruction_moves_the_robot(page):
     button = page.get_by_role("button", name="Do it")
     before = page.locator(".jupyter-widgets img").first.get_attribute("src")
     field = page.locator(".jupyter-widgets input[type=text]").first
-    field.fill("please grab the yellow mug")
+    field.fill("please grab the red mug")
     field.press("Enter")
     button.click()
     page.wait_for_function("old => document.querySelector('.jupyter-widgets img').src !== old", arg=before)
-    assert "please grab the yellow mug" in page.locator(".jupyter-widgets img").first.get_attribute("alt")
-    assert "means x" in page.locator(".jupyter-widgets").first.inner_text()
+    assert "please grab the red mug" in page.locator(".jupyter-widgets img").first.get_attribute("alt")
+    said = page.locator(".jupyter-widgets").first.inner_text()
+    assert "means x" in said and "Result: done" in said
 
 
 def test_an_unknown_word_is_named(page):

@@ -5,7 +5,7 @@ from pathlib import Path
 HELP = "record demonstrations into a dataset folder; the same command again goes on where it stopped"
 VARIATIONS = (
     ("--camera-shift", dict(type=float, nargs=3, metavar=("X", "Y", "Z"), help="move the camera by so many metres")),
-    ("--light", dict(type=float, metavar="L", help="brightness: 1 is normal, 0.35 a dim room")),
+    ("--light", dict(type=float, metavar="L", help="brightness: 1 is normal, 0.2 a dim room")),
     ("--light-direction", dict(type=float, metavar="RAD", help="turn the lamp around the table, radians")),
     ("--objects", dict(type=int, metavar="N", help="objects on the table, 1 to 5 (3)")),
     ("--novel", dict(action="store_true", default=None, help="the first object is one that pretraining never showed")),

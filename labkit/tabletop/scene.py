@@ -79,7 +79,7 @@ class Variation:
     """Conditions in which the robot works. The default is the pretraining distribution without its small jitter.
 
     camera_shift: metres added to the camera's position (it keeps looking at the same point).
-    light: brightness, 1 is normal, 0.35 a dim room.   light_direction: radians, turns the lamp around the table.
+    light: brightness, 1 is normal, 0.2 a dim room.   light_direction: radians, turns the lamp around the table.
     objects: how many stand on the table (1 to 5).   colours, shapes: those allowed.
     novel: False leaves out NOVEL_OBJECTS, True draws the first object from them.
     places: fixed (x, y) of the objects, in order, or None for random ones.   place_shift: metres, random shift of each
