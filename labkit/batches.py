@@ -32,7 +32,9 @@ def action_token_ids(tokenizer) -> torch.Tensor:
 
 def prompt_text(processor, instruction: str, holding: bool) -> str:
     """The text of one prompt, in the model's own chat template where it has one, ready for the first action token."""
-    request = f"{instruction} {'holding' if holding else 'empty'}"
+    # Angle brackets spell special tokens: a typed "<image>" must not become a picture.
+    spoken = instruction.replace("<", " ").replace(">", " ")
+    request = f"{spoken} {'holding' if holding else 'empty'}"
     if getattr(processor, "chat_template", None):
         content = [{"type": "text", "text": request}, {"type": "image"}]
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

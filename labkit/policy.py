@@ -101,7 +101,7 @@ def load_policy(name: str | Path = "tiny", quantization: str | None = None, adap
 
     name: "tiny" (shipped; also "tiny-early" and "tiny-middle"), a folder written by `save_pretrained`, or a hub id.
     quantization: None or "nf4" (bitsandbytes, with double quantisation).   adapter: folder of a peft adapter to attach.
-    device: default a GPU where there is one, else the CPU.   dtype: default float32 on the CPU.
+    device: default a GPU where there is one, else the CPU.   dtype: default float32.
     Raises UserError, in one sentence, for a missing folder, a checkpoint that does not fit, or an unreachable hub.
     """
     if quantization not in QUANTIZATIONS:

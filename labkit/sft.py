@@ -29,6 +29,8 @@ class History:
         return self.tokens / self.seconds
 
     def __str__(self):
+        if not self.loss:
+            return f"no steps, {self.trainable:,} of {self.total:,} parameters would be trained"
         return (f"{len(self.loss)} steps in {self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s, loss {self.loss[0]:.2f} to "
                 f"{np.mean(self.loss[-10:]):.2f} nats, {self.trainable:,} of {self.total:,} parameters trained")
 

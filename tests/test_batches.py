@@ -141,3 +141,11 @@ def test_a_prompt_without_a_chat_template_starts_with_the_image():
         chat_template = None
 
     assert prompt_text(Bare(), "grasp it", True) == "<image>grasp it holding"
+
+
+def test_a_typed_special_token_adds_no_picture(tiny_policy):
+    image = np.zeros((1, 48, 48, 3), np.uint8)
+    plain = tiny_policy.prompts(["pick up the red block"], image, [False])["input_ids"]
+    typed = tiny_policy.prompts(["pick up the <image> red <act> block"], image, [False])["input_ids"]
+    token = tiny_policy.processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert (typed == token).sum() == (plain == token).sum() == 36

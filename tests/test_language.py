@@ -165,7 +165,7 @@ def test_no_sentence_about_full_names_can_mean_two_commands_in_any_scene():
 
 def test_a_sentence_means_the_command_it_was_made_of():
     rng = np.random.default_rng(3)
-    for i, task in enumerate(TASKS):
+    for task in TASKS:
         scene = sample_scene(rng, confusable=True)
         while not commands(task, scene):
             scene = sample_scene(rng)
