@@ -113,3 +113,10 @@ def test_each_house_rule_can_be_broken(fault, tmp_path):
 def test_every_notebook_is_linked_from_the_readme():
     readme = (NOTEBOOKS.parent / "README.md").read_text(encoding="utf-8")
     assert [path.name for path in sorted(NOTEBOOKS.glob("*.ipynb")) if f"notebooks/{path.name}" not in readme] == []
+
+
+def test_the_readme_lists_every_public_name():
+    import labkit
+
+    readme = (NOTEBOOKS.parent / "README.md").read_text(encoding="utf-8")
+    assert [name for name in labkit.__all__ if not re.search(rf"\| `{name}\b", readme)] == []

@@ -52,6 +52,18 @@ def test_the_loss_is_the_mean_negative_log_probability_of_the_action_tokens(tiny
         assert math.isclose(float(batch_loss(model, batch)), np.mean(nats), rel_tol=1e-5)
 
 
+def test_skipping_the_last_mlp_of_the_prompt_changes_no_gradient(tiny_policy, batch):
+    """Against a plain forward pass over every position."""
+    model, gradients = tiny_policy.model, []
+    for loss in (batch_loss(model, batch), action_token_loss(model(**inputs_of(batch)).logits, batch["labels"])):
+        model.zero_grad()
+        loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_prefix_positions_receive_no_gradient(tiny_policy, batch):
     """The last prompt position predicts the first action token; everything before it, and the last token of all, gets exactly zero."""
     logits = tiny_policy.model(**inputs_of(batch)).logits.detach().requires_grad_()
