@@ -280,8 +280,9 @@ def test_an_environment_made_with_another_python_is_not_touched(unmet_course):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only on Linux does torch come in a CPU and a CUDA build")
 @pytest.mark.parametrize("cuda, sources", [(False, ["--no-index", "--index-url", None]), (True, [None])])
-def test_the_cpu_build_of_torch_is_looked_for_first_where_there_is_no_gpu(monkeypatch, cuda, sources):
+def test_the_cpu_build_of_torch_is_looked_for_first_where_there_is_no_gpu(monkeypatch, tmp_path, cuda, sources):
     calls = []
+    monkeypatch.setattr(install, "VENV", tmp_path)
 
     def pip_without_torch(*arguments):
         calls.append(arguments)
