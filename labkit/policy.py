@@ -55,7 +55,7 @@ class Policy:
         begun = time.perf_counter()
         instructions = [o["instruction"] for o in observations] if instructions is None else list(instructions)
         batch = self.prompts(instructions, [o["rgb"] for o in observations], [bool(o["holding"]) for o in observations])
-        batch = {name: self._to_model(value) for name, value in batch.items()}
+        batch = {name: self.to_model(value) for name, value in batch.items()}
         self.model.eval()
         ids = self.action_ids.to(self.model.device)
         out = self.model.generate(
@@ -78,7 +78,8 @@ class Policy:
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
-    def _to_model(self, value):
+    def to_model(self, value):
+        """A tensor on the model's device and, where it holds floats, in its dtype."""
         value = value.to(self.model.device)
         return value.to(self.model.dtype) if value.is_floating_point() else value
 

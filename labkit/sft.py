@@ -117,7 +117,7 @@ def fine_tune(policy, samples: Samples, steps: int = 100, batch_size: int = 16, 
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise ValueError("no parameter of the model requires a gradient")
-        data = {name: policy._to_model(value) for name, value in tokenize(policy, samples).items()}
+        data = {name: policy.to_model(value) for name, value in tokenize(policy, samples).items()}
         optimiser = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay, fused=True)
         history = History(trainable=sum(p.numel() for p in trained), total=sum(p.numel() for p in model.parameters()))
         begun = time.perf_counter()

@@ -23,16 +23,14 @@ class Film:
     """One filmed episode.
 
     instruction: what the policy was told.   task: what is counted.   frames: (256, 256, 3) uint8 each, 10 a simulated second.
-    seen: (48, 48, 3) uint8, what the policy saw before each decision.   said: one `Decision` each.   marks: frame where each begins.
+    said: one `Decision` each time the policy was asked.
     success: whether the episode's task was done; None where the instruction is not one of the scene's own.
     """
 
     instruction: str
     task: str
     frames: list = field(default_factory=list)
-    seen: list = field(default_factory=list)
     said: list = field(default_factory=list)
-    marks: list = field(default_factory=list)
     success: bool | None = None
 
     @property
@@ -66,7 +64,7 @@ class Film:
         return AltImage(data.getvalue(), "gif", self.describe(), width)
 
     def filmstrip(self, columns: int = 6):
-        """A matplotlib figure: above, moments of the film; below, what the policy saw before each decision."""
+        """A matplotlib figure: evenly spaced moments of the film, with their simulated time."""
         import matplotlib.pyplot as plt
 
         chosen = np.unique(np.linspace(0, len(self.frames) - 1, columns).round().astype(int))
@@ -112,9 +110,7 @@ def _shoot_episode(policy, env, observation, result):
     over = False
     while not over:
         decision = policy.decide([observation])
-        result.seen.append(observation["rgb"])
         result.said.append(decision)
-        result.marks.append(len(result.frames))
         observation, _, terminated, truncated, info = env.step(decision.waypoints[0])
         over = terminated or truncated
         if result.success is not None:
@@ -132,7 +128,7 @@ def probabilities(policy, observation: dict, instruction: str | None = None) -> 
     batch = with_action(prompt, policy.action_ids, said.actions)
     batch.pop("labels")
     with torch.no_grad():
-        logits = policy.model(**{name: policy._to_model(value) for name, value in batch.items()}).logits[0, -len(NAMES) - 1 : -1]
+        logits = policy.model(**{name: policy.to_model(value) for name, value in batch.items()}).logits[0, -len(NAMES) - 1 : -1]
     return logits[:, policy.action_ids].float().softmax(-1).cpu().numpy()
 
 

@@ -11,7 +11,7 @@ from labkit.paths import DATA
 from labkit.tabletop import scene
 
 CHECKPOINT = DATA / "tiny_vla"
-STORED = json.loads((CHECKPOINT / "freeze.json").read_text(encoding="utf-8")) if (CHECKPOINT / "freeze.json").is_file() else {}
+STORED = freeze.stored_freeze()
 DATASETS = sorted(DATA.glob("demonstrations/*/dataset.json"))
 
 
