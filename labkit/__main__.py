@@ -13,7 +13,7 @@ from labkit.errors import UserError
 from labkit.install import ensure_environment, existing_environment, interpreter_for_unsupported_python
 from labkit.processes import hand_over
 
-VERBS = ("lab", "test", "run", "doctor", "evaluate", "finetune", "record", "validate", "pretrain", "benchmark")
+VERBS = ("lab", "test", "run", "doctor", "evaluate", "finetune", "record", "validate", "pretrain", "sweep", "benchmark")
 
 
 def read_commands():

@@ -1,18 +1,15 @@
-"""Notebooks as files: finding them, the students' copies, and executing them without a browser. What they teach is in them."""
+"""Notebooks as files: finding them and executing them without a browser. Students' copies are made in student_copies.py."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
 import re
-import shutil
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime
 from pathlib import Path
 
 from labkit.errors import UserError
@@ -38,32 +35,6 @@ def find_notebook(name: str, folder: Path) -> Path:
         names = ", ".join(path.stem for path in matches or notebooks)
         raise UserError(f"{name} is {'no notebook' if not matches else 'more than one notebook'} of {folder.name}/: name one of {names}.")
     return matches[0]
-
-
-def student_copy(source_path: Path, target_path: Path) -> None:
-    """Write the student's version of the notebook at `source_path` to `target_path`: the same cells, outputs kept."""
-    target_path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target_path.with_suffix(".unfinished")
-    shutil.copyfile(source_path, unfinished)
-    os.replace(unfinished, target_path)  # whatever interrupts, a student never meets half a notebook
-
-
-def make_student_copies(source: Path, target: Path) -> list[Path]:
-    """Copy every notebook of the folder `source` that `target` does not have; what a student has is never touched. Returns the new ones."""
-    new = [target / path.name for path in list_notebooks(source) if not (target / path.name).exists()]
-    for copy in new:
-        student_copy(source / copy.name, copy)
-    return new
-
-
-def reset_student_copy(source_path: Path, target: Path) -> tuple[Path, Path | None]:
-    """Make the copy of `source_path` in the folder `target` afresh. Returns it, and where the student's version lies (None without one)."""
-    copy, kept = target / source_path.name, None
-    if copy.exists():
-        kept = copy.with_name(f"{copy.stem}.{datetime.now():%Y-%m-%d_%H%M%S_%f}.ipynb")
-        copy.rename(kept)
-    student_copy(source_path, copy)
-    return copy, kept
 
 
 @dataclass

@@ -10,8 +10,8 @@ import urllib.request
 
 import pytest
 
-from labkit.notebooks import student_copy
 from labkit.paths import DATA, NOTEBOOKS, ROOT, RUNS
+from labkit.student_copies import student_copy
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NOTEBOOK = "00_start_here.ipynb"

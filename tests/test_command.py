@@ -308,15 +308,15 @@ def test_a_gpu_is_there_when_nvidia_smi_lists_one(tmp_path, monkeypatch, exit_co
 def test_student_copies_are_made_once_and_a_reset_loses_nothing(tmp_path):
     write_notebook(tmp_path / "notebooks" / "00_start_here.ipynb", "1")
     source, work = tmp_path / "notebooks", tmp_path / "work"
-    (copy,) = notebooks.make_student_copies(source, work)
+    (copy,) = student_copies.make_student_copies(source, work)
     copy.write_text("my work")
-    assert notebooks.make_student_copies(source, work) == []
+    assert student_copies.make_student_copies(source, work) == []
     assert copy.read_text() == "my work"
 
     kept = []
     for text in ("my work", "my second attempt"):
         copy.write_text(text)
-        kept.append(notebooks.reset_student_copy(source / copy.name, work)[1])
+        kept.append(student_copies.reset_student_copy(source / copy.name, work)[1])
     assert [path.read_text() for path in kept] == ["my work", "my second attempt"]
     assert nbformat.read(copy, 4).cells[0].source == "1"
 

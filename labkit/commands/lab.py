@@ -20,7 +20,8 @@ def add_arguments(parser):
 
 
 def main(args):
-    from labkit.notebooks import find_notebook, make_student_copies, reset_student_copy
+    from labkit.notebooks import find_notebook
+    from labkit.student_copies import make_student_copies, reset_student_copy
 
     if args.reset:
         fresh, kept = reset_student_copy(find_notebook(args.reset, NOTEBOOKS), WORK)

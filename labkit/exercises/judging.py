@@ -1,0 +1,189 @@
+"""Judging answers: compare them with the expected ones, recognise the mistake, and say it in a sentence. Never shows an expected value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from labkit.exercises.asking import answer
+from labkit.exercises.exercise import PUBLIC, Case, Exercise, Raised, Tolerance, all_exercises
+
+CORRECT, WRONG, NOT_ATTEMPTED = "correct", "not yet", "not attempted"
+_LONGEST_VALUE = 160
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one exercise.
+
+    status: "correct", "not yet" or "not attempted".   sentence: what the student reads.   passed, total: cases.
+    misconception: the known mistake that explains every answer, if one does.
+    """
+
+    exercise: str
+    status: str
+    sentence: str
+    passed: int
+    total: int
+    points: int
+    misconception: str | None = None
+
+    @property
+    def earned(self) -> int:
+        """Points: all or none, because a function that is right now and then is wrong."""
+        return self.points if self.status == CORRECT else 0
+
+    def __str__(self):
+        share = f", {self.passed} of {self.total} cases" if self.status == WRONG else ""
+        return f"{self.exercise}: {self.status} ({self.earned} of {self.points} points{share}). {self.sentence}"
+
+
+def check(entry, exercise: str | None = None) -> int:
+    """Check a student's function or class on the public cases, print what was found, and return the points.
+
+    exercise: its id; by default the one whose `entry` has the name of this function.   The number is what nbgrader reads.
+    Raises ValueError if no exercise asks for it.
+    """
+    verdict = judge(_named(entry, exercise), lambda case: answer(entry, case))
+    print(verdict)
+    return verdict.earned
+
+
+def _named(entry, exercise):
+    known = all_exercises()
+    if exercise in known:
+        return known[exercise]
+    name = getattr(entry, "__name__", None)
+    matches = [e for e in known.values() if e.entry == name] if exercise is None else []
+    if not matches:
+        entries = ", ".join(f"{e.entry} ({e.id})" for e in known.values())
+        raise ValueError(f"no exercise is called {exercise or name!r}; there are {entries}")
+    return matches[0]
+
+
+def judge(exercise: Exercise, ask: Callable[[Case], object], secret: str = PUBLIC, hidden: bool = False) -> Verdict:
+    """Ask every case, one at a time, and judge the answers.   ask: case -> answer, in this process or in another one."""
+    cases = exercise.drawn(secret, hidden)
+    answers = [ask(case) for case in cases]
+    expected = [exercise.expected(case) for case in cases]
+    faults = [difference(given, right, exercise.close) for given, right in zip(answers, expected)]
+    passed = faults.count("")
+
+    def verdict(status, sentence, misconception=None):
+        return Verdict(exercise.id, status, sentence, passed, len(cases), exercise.points, misconception)
+
+    if passed == len(cases):
+        return verdict(CORRECT, f"All {len(cases)} cases agree with an independent calculation.")
+    if any(isinstance(given, Raised) and given.kind == "NotImplementedError" for given in answers):
+        return verdict(NOT_ATTEMPTED, f"`{exercise.entry}` still raises NotImplementedError: put your own lines in its place.")
+    first = next(i for i, fault in enumerate(faults) if fault)
+    if answers[first] is None:
+        return verdict(WRONG, f"`{exercise.entry}` returns None: is `return` missing?")
+    known = recognise(exercise, cases, answers)
+    if known is not None:
+        return verdict(WRONG, _said(known, cases[first]), known)
+    case = cases[first]
+    must = "" if isinstance(answers[first], Raised) else " " + _said(case.must, case)
+    return verdict(WRONG, f"With {_said(case.says, case)}: {faults[first]}{must}")
+
+
+def recognise(exercise: Exercise, cases: list[Case], answers: list) -> str | None:
+    """The misconception that gives all these answers, or None."""
+    for sentence, mistake in exercise.misconceptions.items():
+        if all(not difference(given, answer(mistake, case), exercise.close) for case, given in zip(cases, answers)):
+            return sentence
+    return None
+
+
+def _said(sentence, case):
+    return sentence.format(**case.facts)
+
+
+def difference(given, expected, close: Tolerance, where: str = "your answer") -> str:
+    """Why `given` is not `expected`, in one sentence that does not give the expected value away; empty where it is.
+
+    A number and a tensor with one value and no dimension are the same; integers, booleans and floats are compared as numbers.
+    """
+    if isinstance(expected, Raised) or isinstance(given, Raised):
+        return _difference_raised(given, expected)
+    if isinstance(expected, dict):
+        return _difference_dicts(given, expected, close, where)
+    if isinstance(expected, (list, tuple)) and not _is_numbers(expected):
+        return _difference_lists(given, expected, close, where)
+    if expected is None or isinstance(expected, str):
+        return "" if type(given) is type(expected) and given == expected else f"{where} is {shown(given)}."
+    return _difference_numbers(given, expected, close, where)
+
+
+def _difference_raised(given, expected):
+    if isinstance(given, Raised) and isinstance(expected, Raised):
+        return "" if given.kind == expected.kind else f"it raises {given.kind} where another error is due."
+    if isinstance(expected, Raised):
+        return f"it returns {shown(given)} where an error is due."
+    at = f" in line {given.line} of your cell" if given.line else ""
+    return f"it raises {given.kind}{at}: {given.message}." if given.kind != "Unusable" else f"{given.message}."
+
+
+def _difference_dicts(given, expected, close, where):
+    if not isinstance(given, dict):
+        return f"{where} is {shown(given)}, not a dict."
+    if set(given) != set(expected):
+        return f"{where} has {', '.join(map(str, given)) or 'nothing'}; {', '.join(map(str, expected))} is wanted."
+    for name, value in expected.items():
+        fault = difference(given[name], value, close, f"{where}, {name}")
+        if fault:
+            return fault
+    return ""
+
+
+def _difference_lists(given, expected, close, where):
+    if not isinstance(given, (list, tuple)) or len(given) != len(expected):
+        return f"{where} is {shown(given)}, not {len(expected)} values."
+    return next(filter(None, (difference(g, e, close, f"{where}, number {i}") for i, (g, e) in enumerate(zip(given, expected)))), "")
+
+
+def _difference_numbers(given, expected, close, where):
+    given_array, expected_array = _as_numbers(given), _as_numbers(expected)
+    if given_array is None:
+        return f"{where} is {shown(given)}, not numbers."
+    if given_array.shape != expected_array.shape:
+        return f"{where} has shape {given_array.shape}, not {expected_array.shape}."
+    if np.isclose(given_array, expected_array, rtol=close.rtol, atol=close.atol, equal_nan=True).all():
+        return ""
+    if not np.isfinite(given_array).all() and np.isfinite(expected_array).all():
+        return f"{where} holds {'nan' if np.isnan(given_array).any() else 'inf'}."
+    return f"{where} is {shown(given)}, which is not right."
+
+
+def _is_numbers(values):
+    return _as_numbers(values) is not None
+
+
+def _as_numbers(value):
+    """float64 array of a tensor, a number, or nested lists of numbers; None for anything else."""
+    if isinstance(value, torch.Tensor):
+        return None if value.is_complex() else value.detach().double().cpu().numpy()
+    if isinstance(value, (np.ndarray, np.generic)):
+        return np.float64(value) if value.dtype.kind in "biuf" else None
+    if isinstance(value, (bool, int, float)):
+        return np.array(value, np.float64) if abs(value) < 2**1000 or value != value or abs(value) == float("inf") else None
+    if isinstance(value, (list, tuple)) and value and not any(isinstance(item, (str, dict, type(None))) for item in value):
+        try:
+            parts = [_as_numbers(item) for item in value]
+            return None if any(part is None for part in parts) else np.array(parts, np.float64)
+        except ValueError:
+            return None  # rows of different lengths
+    return None
+
+
+def shown(value) -> str:
+    """A student's own value, short enough for a sentence."""
+    if isinstance(value, torch.Tensor):
+        text = str(value.item()) if value.ndim == 0 else f"a tensor {tuple(value.shape)} " + np.array2string(
+            value.detach().double().cpu().numpy(), precision=4, threshold=12, separator=", ").replace("\n", "")
+    else:
+        text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + " ..."

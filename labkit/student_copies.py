@@ -1,0 +1,84 @@
+"""Students' copies of the notebooks: stubs instead of solutions, outputs cleared, never overwritten.
+
+A solution stands between lines that hold `### BEGIN SOLUTION` and `### END SOLUTION`, as nbgrader has it (nbgrader.preprocessors.ClearSolutions),
+so nbgrader can release the same source; a test holds its copy and ours together.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from pathlib import Path
+
+from labkit.errors import UserError
+from labkit.notebooks import list_notebooks
+
+BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
+CODE_STUB = ("# YOUR CODE HERE", "raise NotImplementedError()")
+TEXT_STUB = ("YOUR ANSWER HERE",)
+
+
+def without_solutions(notebook):
+    """The student's version of a notebook (nbformat node), changed in place and returned.
+
+    Every solution region becomes a stub with the region's indentation, outputs and execution counts go, and cells that nbgrader counts
+    on can be neither deleted nor, where they are locked, edited.   Raises UserError, naming the cell, for a region without its other end.
+    """
+    for number, cell in enumerate(notebook.cells, start=1):
+        cell.source = _stubbed(cell.source, CODE_STUB if cell.cell_type == "code" else TEXT_STUB, number)
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+        graded = cell.metadata.get("nbgrader", {})
+        if graded.get("solution") or graded.get("grade") or graded.get("locked"):
+            cell.metadata["deletable"] = False
+        if graded.get("locked"):
+            cell.metadata["editable"] = False
+    return notebook
+
+
+def _stubbed(source, stub, number):
+    kept, inside = [], False
+    for line in source.split("\n"):
+        if line.strip() in (BEGIN, END):
+            if inside == (line.strip() == BEGIN):
+                raise UserError(f"cell {number}: `{line.strip()}` without its other end; put the missing line in.")
+            inside = not inside
+            if inside:
+                indentation = line[: len(line) - len(line.lstrip())]
+                kept += [indentation + words for words in stub]
+        elif not inside:
+            kept.append(line)
+    if inside:
+        raise UserError(f"cell {number}: `{BEGIN}` without `{END}`; put the missing line in.")
+    return "\n".join(kept)
+
+
+def student_copy(source_path: Path, target_path: Path) -> None:
+    """Write the student's version of the notebook at `source_path` to `target_path`."""
+    import nbformat
+
+    target_path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target_path.with_suffix(".unfinished")
+    try:
+        nbformat.write(without_solutions(nbformat.read(source_path, as_version=4)), unfinished)
+    except UserError as error:
+        raise UserError(f"{source_path}, {error}") from None
+    os.replace(unfinished, target_path)  # whatever interrupts, a student never meets half a notebook
+
+
+def make_student_copies(source: Path, target: Path) -> list[Path]:
+    """Copy every notebook of the folder `source` that `target` does not have; what a student has is never touched. Returns the new ones."""
+    new = [target / path.name for path in list_notebooks(source) if not (target / path.name).exists()]
+    for copy in new:
+        student_copy(source / copy.name, copy)
+    return new
+
+
+def reset_student_copy(source_path: Path, target: Path) -> tuple[Path, Path | None]:
+    """Make the copy of `source_path` in the folder `target` afresh. Returns it, and where the student's version lies (None without one)."""
+    copy, kept = target / source_path.name, None
+    if copy.exists():
+        kept = copy.with_name(f"{copy.stem}.{datetime.now():%Y-%m-%d_%H%M%S_%f}.ipynb")
+        copy.rename(kept)
+    student_copy(source_path, copy)
+    return copy, kept

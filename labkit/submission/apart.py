@@ -1,0 +1,240 @@
+"""The side that judges: starts a worker process, holds the limits, runs a notebook's cells in it and asks it cases.
+
+Nothing that comes back from a worker is more than data (labkit/submission/wire.py). This version limits time, memory and size and does not
+isolate: it is for one's own notebook. Whatever isolates has to fit behind `Worker`.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import psutil
+
+from labkit.exercises.exercise import PUBLIC, Case, Exercise, Raised
+from labkit.exercises.judging import WRONG, Verdict, judge
+from labkit.processes import course_environment
+from labkit.submission import wire
+from labkit.submission.cells import Cells
+
+_POLL_SECONDS = 0.05
+_LAST_WORDS = 20  # lines of the worker's output that are kept
+_ONLY_THESE = ("Only the set-up cell and the exercises' cells are run, in the order of the page: what this one needs from elsewhere "
+               "must be in it.")
+# What a case says in words is for the student's eyes after the answer, not for the student's code before it.
+_ASKED = ("arguments", "asks", "gradients", "cotangent", "build", "state")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a worker may use: seconds of wall clock for the set-up cell with its imports, another cell, one case; resident memory with children."""
+
+    setup_seconds: float = 120.0
+    cell_seconds: float = 30.0
+    case_seconds: float = 10.0
+    memory_mib: int = 4096
+
+
+class WorkerLost(Exception):
+    """The worker was stopped at a limit, or ended by itself; the message says why."""
+
+
+class Worker:
+    """One worker process, as a context manager. Raises WorkerLost, and stays lost, when a limit is passed or the process ends."""
+
+    def __init__(self, limits: Limits = Limits()):
+        self.limits, self.lost = limits, ""
+
+    def __enter__(self):
+        self.folder = tempfile.TemporaryDirectory(prefix="labkit-worker-", ignore_cleanup_errors=True)
+        # -P: a file called numpy.py in the working folder must not be what `import numpy` finds.
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "labkit.submission.worker"], cwd=self.folder.name, start_new_session=True,
+            env={**course_environment(), "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        self.replies: queue.Queue = queue.Queue()
+        self.last_words: deque[bytes] = deque(maxlen=_LAST_WORDS)
+        threading.Thread(target=self._listen, daemon=True).start()
+        threading.Thread(target=self._drain, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception):
+        self._kill()
+        self.folder.cleanup()
+
+    def run(self, name: str, source: str, withheld=(), seconds: float = Limits.cell_seconds) -> Raised | None:
+        """Run one cell.   withheld: modules it may not import.   Returns what it raised, or None."""
+        reply = self._exchange({"do": "run", "name": name, "source": source, "withheld": list(withheld)}, seconds)
+        return _raised(reply["raised"]) if reply.get("raised") else None
+
+    def ask(self, entry: str, case: Case):
+        """The answer of the function or class called `entry` to one case; a `Raised` where it raised or is not there."""
+        asked = {name: getattr(case, name) for name in _ASKED} | {"says": "", "must": ""}
+        reply = self._exchange({"do": "ask", "entry": entry, "case": asked}, self.limits.case_seconds)
+        if "missing" in reply:
+            return Raised("NameError", f"the cell defines no function or class called {entry}")
+        return _raised(reply["raised"]) if reply.get("raised") else reply.get("answer")
+
+    def _exchange(self, message, seconds):
+        if self.lost:
+            raise WorkerLost(self.lost)
+        try:
+            wire.send(self.process.stdin, message)
+        except OSError:
+            self._give_up("the process ended")
+        until, reply = time.monotonic() + seconds, None
+        while reply is None:
+            try:
+                reply = self.replies.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                pass
+            if reply is None and time.monotonic() > until:
+                self._give_up(f"it took longer than {seconds:.0f} s")
+            if reply is None and resident_mib(self.process.pid) > self.limits.memory_mib:
+                self._give_up(f"it used more than {self.limits.memory_mib:,} MiB of memory")
+        if isinstance(reply, Exception):
+            self._give_up("the process ended" if isinstance(reply, EOFError) else str(reply))
+        if not isinstance(reply, dict):
+            self._give_up("the process sent no answer")
+        return reply
+
+    def _give_up(self, reason):
+        self.lost = reason
+        self._kill()
+        raise WorkerLost(reason)
+
+    def _kill(self):
+        """Stop the process with everything it started."""
+        for process in _tree(self.process.pid):
+            try:
+                process.kill()
+            except psutil.Error:
+                pass
+        if hasattr(os, "killpg"):
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)  # also what has left the tree, but not the session
+            except (ProcessLookupError, PermissionError):
+                pass
+        self.process.wait()
+
+    def _listen(self):
+        while True:
+            try:
+                self.replies.put(wire.receive(self.process.stdout))
+            except (EOFError, OSError, ValueError) as error:  # a WireError is a ValueError
+                self.replies.put(error)
+                return
+
+    def _drain(self):
+        """Keep the output pipe empty, whatever a cell prints."""
+        while block := self.process.stderr.read1(4096):
+            self.last_words.append(block[-200:])
+
+
+def _tree(pid):
+    try:
+        process = psutil.Process(pid)
+        return [*process.children(recursive=True), process]
+    except psutil.Error:
+        return []
+
+
+def resident_mib(pid: int) -> float:
+    """Resident memory of the process and all below it, in MiB; 0 when it has ended."""
+    total = 0
+    for process in _tree(pid):
+        try:
+            total += process.memory_info().rss
+        except psutil.Error:
+            pass
+    return total / 2**20
+
+
+def _raised(fields_of_it):
+    names = {field.name for field in fields(Raised)}
+    if not isinstance(fields_of_it, dict) or set(fields_of_it) != names:
+        return Raised("Unusable", "the worker's answer is none")
+    return Raised(str(fields_of_it["kind"])[:100], str(fields_of_it["message"])[:300], int(fields_of_it["line"]))
+
+
+def examine(cells: Cells, exercises: list[Exercise], secret: str = PUBLIC, hidden: bool = False, limits: Limits = Limits(),
+            on_exercise: Callable[[], None] = lambda: None) -> list[Verdict]:
+    """Run the cells in a fresh process and judge the exercises, one verdict each, in their order.
+
+    A cell or an answer that passes a limit costs its exercise and no other: the rest goes on in another fresh process.
+    on_exercise: called after each.
+    """
+    verdicts: dict[str, Verdict] = {}
+    problems = {exercise.id: cells.problems[exercise.id] for exercise in exercises if exercise.id in cells.problems}
+    while missing := [exercise for exercise in exercises if exercise.id not in verdicts]:
+        with Worker(limits) as worker:
+            raised = _run_cells(worker, cells, exercises, problems)
+            if raised is None:
+                continue  # a cell was stopped, which is among the problems from here on
+            for exercise in missing:
+                problem = problems.get(exercise.id) or raised.get(exercise.id)
+                verdicts[exercise.id] = _unanswered(exercise, problem) if problem else judge(exercise, _asker(worker, exercise), secret, hidden)
+                on_exercise()
+                if worker.lost:
+                    break
+    return [verdicts[exercise.id] for exercise in exercises]
+
+
+def _run_cells(worker, cells, exercises, problems):
+    """Run the set-up cell and every exercise's cell that has no problem yet: exercise id -> sentence about what its cell raised.
+
+    Returns None when a cell was stopped; its exercise is a problem then.
+    """
+    raised = {}
+    in_setup = _run(worker, "set-up cell", cells.setup, (), worker.limits.setup_seconds)
+    if worker.lost:
+        problems.update({exercise.id: f"The set-up cell was stopped: {worker.lost}." for exercise in exercises})
+        return None
+    for exercise in exercises:
+        if exercise.id in problems:
+            continue
+        found = _run(worker, exercise.id, cells.exercises[exercise.id], exercise.withheld, worker.limits.cell_seconds)
+        if worker.lost:
+            problems[exercise.id] = f"Its cell was stopped: {worker.lost}."
+            return None
+        if found:
+            raised[exercise.id] = f"Its cell raises {_described(found)} {_ONLY_THESE}" + (
+                f" Before that, the set-up cell raised {_described(in_setup)}" if in_setup else "")
+    return raised
+
+
+def _run(worker, name, source, withheld, seconds):
+    try:
+        return worker.run(name, source, withheld, seconds)
+    except WorkerLost:
+        return None
+
+
+def _asker(worker, exercise):
+    """case -> answer; once the worker is lost, every further case is answered by the reason."""
+
+    def ask(case):
+        try:
+            return worker.ask(exercise.entry, case)
+        except WorkerLost as lost:
+            return Raised("Unusable", f"`{exercise.entry}` was stopped: {lost}")
+
+    return ask
+
+
+def _unanswered(exercise, problem):
+    return Verdict(exercise.id, WRONG, problem, 0, len(exercise.drawn()), exercise.points)
+
+
+def _described(raised):
+    return f"{raised.kind}{f' in line {raised.line}' if raised.line else ''}: {raised.message}."

@@ -1,0 +1,155 @@
+"""Messages between two processes: values as JSON, tensors beside it as safetensors. Nothing is pickled, evaluated or imported.
+
+A message is a header of two lengths (JSON, safetensors; 8 bytes each, big-endian), then the two parts. Both sides may read what a stranger
+wrote: everything is checked and size-capped, and whatever is wrong is a `WireError`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+MAX_JSON = 4 * 2**20
+MAX_TENSORS = 64 * 2**20
+MAX_ITEMS = 100_000
+_MAX_DEPTH = 16
+_HEADER = struct.Struct(">QQ")
+# A value that JSON has no word for is an object with one of these keys.
+_TENSOR, _ARRAY, _TUPLE, _DICT, _FLOAT = "tensor", "array", "tuple", "dict", "float"
+
+
+class WireError(ValueError):
+    """A value that cannot be sent, or bytes that are no message."""
+
+
+def encode(value) -> bytes:
+    """One message.   value: None, booleans, numbers, strings, tensors and arrays (dense), in lists, tuples and dicts with string keys.
+
+    Raises WireError, with the place, for anything else and beyond the caps.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    text = json.dumps(_to_json(value, tensors, "the value", 0), allow_nan=False).encode()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if len(text) > MAX_JSON or size > MAX_TENSORS:
+        raise WireError(f"the value has {len(text):,} bytes of text and {size:,} of tensors; at most {MAX_JSON:,} and {MAX_TENSORS:,} are sent")
+    data = save(tensors)
+    return _HEADER.pack(len(text), len(data)) + text + data
+
+
+def decode(message: bytes):
+    """The value of one message.   Raises WireError."""
+    if len(message) < _HEADER.size:
+        raise WireError(f"a message of {len(message)} bytes has no header")
+    text_length, _ = _lengths(message[: _HEADER.size])
+    body = message[_HEADER.size :]
+    try:
+        tensors = load(body[text_length:])
+        return _from_json(json.loads(body[:text_length]), tensors, 0)
+    except WireError:
+        raise
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise WireError(f"not a message: {type(error).__name__}: {str(error)[:200]}") from None
+
+
+def send(stream: BinaryIO, value) -> None:
+    """Write one message.   Raises WireError before anything is written."""
+    message = encode(value)
+    stream.write(message)
+    stream.flush()
+
+
+def receive(stream: BinaryIO):
+    """Read one message.   Raises EOFError where the other side has gone, WireError for what is no message."""
+    header = _exactly(stream, _HEADER.size)
+    return decode(header + _exactly(stream, sum(_lengths(header))))
+
+
+def _lengths(header):
+    text, data = _HEADER.unpack(header)
+    # safetensors' own header comes on top of the tensors' bytes.
+    if text > MAX_JSON or data > MAX_TENSORS + MAX_JSON:
+        raise WireError(f"a message of {text:,} and {data:,} bytes is more than is read")
+    return text, data
+
+
+def _exactly(stream, count):
+    parts, missing = [], count
+    while missing:
+        part = stream.read(missing)
+        if not part:
+            raise EOFError("the other process ended")
+        parts.append(part)
+        missing -= len(part)
+    return b"".join(parts)
+
+
+def _to_json(value, tensors, where, depth):
+    if depth > _MAX_DEPTH:
+        raise WireError(f"{where} is nested more than {_MAX_DEPTH} deep")
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else {_FLOAT: repr(value)}
+    if isinstance(value, torch.Tensor):
+        return {_TENSOR: _keep(value, tensors, where)}
+    if isinstance(value, (np.ndarray, np.generic)):
+        return {_ARRAY: _keep(_tensor_of(value, where), tensors, where)}
+    if isinstance(value, (list, tuple)):
+        _counted(value, where)
+        items = [_to_json(item, tensors, f"{where}, number {i}", depth + 1) for i, item in enumerate(value)]
+        return items if isinstance(value, list) else {_TUPLE: items}
+    if isinstance(value, dict):
+        _counted(value, where)
+        if not all(type(name) is str for name in value):
+            raise WireError(f"{where} has a key that is no string")
+        return {_DICT: {name: _to_json(item, tensors, f"{where}, {name}", depth + 1) for name, item in value.items()}}
+    raise WireError(f"{where} is a {type(value).__name__}; only tensors, numbers, strings, lists and dicts can be sent")
+
+
+def _counted(value, where):
+    if len(value) > MAX_ITEMS:
+        raise WireError(f"{where} has {len(value):,} items; at most {MAX_ITEMS:,} are sent")
+
+
+def _keep(tensor, tensors, where):
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        raise WireError(f"{where} is a tensor without plain values")
+    name = str(len(tensors))
+    # A copy of its own: safetensors refuses tensors that share memory, and subclasses stay behind.
+    tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach().cpu().resolve_conj().resolve_neg())
+    return name
+
+
+def _tensor_of(array, where):
+    try:
+        return torch.from_numpy(np.ascontiguousarray(array).copy()).reshape(np.shape(array))
+    except TypeError:
+        raise WireError(f"{where} is an array of {array.dtype}") from None
+
+
+def _from_json(value, tensors, depth):
+    if depth > _MAX_DEPTH:
+        raise WireError(f"the message is nested more than {_MAX_DEPTH} deep")
+    if isinstance(value, list):
+        return [_from_json(item, tensors, depth + 1) for item in value]
+    if not isinstance(value, dict):
+        return value
+    (kind, inside), = value.items()
+    if kind == _TENSOR:
+        return tensors[inside]
+    if kind == _ARRAY:
+        return tensors[inside].numpy()
+    if kind == _TUPLE and isinstance(inside, list):
+        return tuple(_from_json(item, tensors, depth + 1) for item in inside)
+    if kind == _DICT and isinstance(inside, dict):
+        return {name: _from_json(item, tensors, depth + 1) for name, item in inside.items()}
+    if kind == _FLOAT and inside in ("nan", "inf", "-inf"):
+        return float(inside)
+    raise WireError(f"an object of kind {kind!r}")

@@ -1,0 +1,189 @@
+"""Stored experiments: run every point of one over several processes, keep it with its provenance, read it back.
+
+What an experiment measures is in labkit/experiments/, one file each, with `ABOUT`, `points()` and `run(point)`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from datetime import date
+from importlib import import_module
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from pkgutil import iter_modules
+
+import numpy as np
+
+from labkit.errors import UserError
+from labkit.paths import DATA
+
+STORED = DATA / "sweeps"
+UNFINISHED = DATA / ".cache" / "sweeps"
+_VERSIONS = ("torch", "transformers", "peft", "mujoco", "numpy")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A stored experiment.   about: its provenance, see `provenance`.   points: one dict each, settings and results together."""
+
+    name: str
+    about: dict
+    points: list[dict]
+
+    def where(self, **settings) -> list[dict]:
+        """The points with these settings.   Raises KeyError where there are none."""
+        found = [point for point in self.points if all(point.get(name) == value for name, value in settings.items())]
+        if not found:
+            raise KeyError(f"sweep {self.name} has no point with {settings}")
+        return found
+
+    def values(self, result: str, **settings) -> np.ndarray:
+        """(number of seeds,) one result of all points with these settings; `a.b` reads b inside a."""
+        return np.array([_inside(point, result) for point in self.where(**settings)])
+
+
+def mean_interval(values) -> tuple[float, float, float]:
+    """Mean over seeds with its 95 % t-interval, for a share: cut off at 0 and 1.   Raises ValueError for fewer than two values."""
+    from scipy.stats import t
+
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        raise ValueError("an interval over seeds needs at least two of them")
+    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    mean = values.mean()
+    return float(mean), float(max(0.0, mean - half)), float(min(1.0, mean + half))
+
+
+def _inside(point, path):
+    for name in path.split("."):
+        point = point[name]
+    return point
+
+
+def names() -> list[str]:
+    """The experiments there are."""
+    import labkit.experiments as experiments
+
+    return sorted(module.name for module in iter_modules(experiments.__path__))
+
+
+def experiment(name: str):
+    """The module of an experiment.   Raises UserError for an unknown name."""
+    if name not in names():
+        raise UserError(f"there is no sweep {name!r}; there are {', '.join(names())}")
+    return import_module(f"labkit.experiments.{name}")
+
+
+def load_sweep(name: str, folder: Path = STORED) -> Sweep:
+    """Read a stored experiment.   Raises UserError if it was never run here."""
+    path = Path(folder) / f"{name}.json"
+    if not path.exists():
+        raise UserError(f"{path} does not exist: `python3 -m labkit sweep {name}` makes it.")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    return Sweep(name, stored["about"], stored["points"])
+
+
+def run_sweep(name: str, processes: int = 2, folder: Path = STORED, progress: bool = True) -> Path:
+    """Run what is missing of an experiment and store it; killed at any moment, the next call goes on with the points that are left.
+
+    processes: how many points at a time, each on one thread.   Returns the file.   Raises UserError if a process dies.
+    """
+    from tqdm.auto import tqdm
+
+    points = experiment(name).points()
+    log = UNFINISHED / f"{name}-{_identity(points)}.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    done = _finished(log)
+    missing = [point for point in points if _key(point) not in done]
+    with tqdm(total=len(points), initial=len(points) - len(missing), desc=name, unit="point", disable=not progress) as bar:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+            waiting = {pool.submit(_run_point, name, point): point for point in missing}
+            try:
+                for future in as_completed(waiting):
+                    point = waiting[future]
+                    done[_key(point)] = future.result()
+                    _append(log, point, done[_key(point)])
+                    bar.update()
+            except BrokenProcessPool:
+                raise UserError(f"a process of the sweep died (out of memory?); {len(done)} of {len(points)} points are kept: "
+                                "run the same command again, with fewer --processes.") from None
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return _store(name, [{**point, **done[_key(point)]} for point in points], Path(folder))
+
+
+def provenance(name: str) -> dict:
+    """Where a result comes from: what it measures, the command, the date, versions, machine and the freeze hash."""
+    from labkit.freeze import freeze_hash
+
+    return {
+        "measures": experiment(name).ABOUT,
+        "command": f"python3 -m labkit sweep {name}",
+        "date": date.today().isoformat(),
+        "freeze": freeze_hash(),
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in _VERSIONS}},
+        "machine": f"{platform.system()} {platform.machine()}, one thread a point",
+    }
+
+
+def _one_thread():
+    import torch
+
+    from labkit.quiet import quiet_libraries
+
+    torch.set_num_threads(1)
+    quiet_libraries()
+
+
+def _run_point(name, point):
+    return experiment(name).run(point)
+
+
+def _key(point):
+    return json.dumps(point, sort_keys=True)
+
+
+def _identity(points):
+    """Changes with the grid and with whatever the freeze covers, so that an old log is never mistaken for this one's."""
+    from labkit.freeze import freeze_hash
+
+    return hashlib.sha256((freeze_hash() + "".join(map(_key, points))).encode()).hexdigest()[:8]
+
+
+def _finished(log):
+    """Settings -> settings and results of the points in the log; a last line that was cut off is left out."""
+    done = {}
+    if log.exists():
+        for line in log.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            done[_key(entry["point"])] = entry["result"]
+    return done
+
+
+def _append(log, point, result):
+    with open(log, "a", encoding="utf-8") as file:
+        # Starts with a line end: whatever a killed run left half-written stays a line of its own.
+        file.write("\n" + json.dumps({"point": point, "result": result}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _store(name, points, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    unfinished = path.with_suffix(".unfinished")
+    lines = ",\n".join("  " + json.dumps(point) for point in points)
+    unfinished.write_text(f'{{"about": {json.dumps(provenance(name), indent=1)},\n "points": [\n{lines}\n]}}\n', encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
