@@ -111,15 +111,23 @@ class PromptBuilder:
         return self._known[key]
 
 
-def with_action(prompt: dict, action_ids, actions) -> dict[str, torch.Tensor]:
-    """Append the action tokens and their labels to a batch of prompts (teacher forcing).
+def supervised_sequence(prompt_ids, answer_ids) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model reads and what it learns to predict (teacher forcing), for action tokens and for text alike.
 
-    actions: (B, 4) waypoints.   Returns the batch with input_ids, labels and every other tensor of that shape (B, T + 4); labels
-    are -100 over the whole prompt, so that only the four action tokens are supervised.
+    prompt_ids: (..., P) and answer_ids: (..., A) int64.   Returns input_ids and labels, both (..., P + A); labels are -100 over the prompt.
+    """
+    ids = torch.cat([prompt_ids, answer_ids], dim=-1)
+    return ids, torch.cat([torch.full_like(prompt_ids, IGNORED), answer_ids], dim=-1)
+
+
+def with_action(prompt: dict, action_ids, actions) -> dict[str, torch.Tensor]:
+    """Append the action tokens and their labels to a batch of prompts.
+
+    actions: (B, 4) waypoints.   Returns the batch with input_ids, labels and every other tensor of that shape (B, T + 4); only the four
+    action tokens are supervised.
     """
     tokens = action_ids[torch.as_tensor(action_to_bins(actions))]
-    ids = prompt["input_ids"]
+    ids, labels = supervised_sequence(prompt["input_ids"], tokens)
     longer = {name: torch.cat([value, torch.full_like(tokens, _ACTION_MARKS.get(name, 0))], dim=1)
-              for name, value in prompt.items() if value.shape == ids.shape}
-    labels = torch.cat([torch.full_like(ids, IGNORED), tokens], dim=1)
-    return {**prompt, **longer, "input_ids": torch.cat([ids, tokens], dim=1), "labels": labels}
+              for name, value in prompt.items() if value.shape == prompt["input_ids"].shape}
+    return {**prompt, **longer, "input_ids": ids, "labels": labels}

@@ -20,6 +20,9 @@ CLAIMS = {
     "deployment-gap": Claim("75 % success on the benchmark can be 30 % on the robot where it is deployed", "lecture, purpose"),
     "semantic-invariance": Claim("many phrasings of one behaviour teach the policy to ignore the phrasing", "lecture, instruction tuning"),
     "composition": Claim("objects and goals learned apart combine without being trained together", "lecture, instruction tuning"),
+    "sft-sum": Claim("the loss is the sum of -log p over the action tokens; instruction and observation are given", "lecture, instruction tuning"),
+    "sft-mask": Claim("the mask zeroes every prefix position, so that gradients come from predicting actions alone", "lecture, instruction tuning"),
+    "sft-same": Claim("SFT of language models uses the same formulation; only the predicted tokens differ", "lecture, instruction tuning"),
     "bins": Claim("256 bins a number; on [-1, 1] OpenVLA's are at worst 1/255 off", "OpenVLA, arXiv 2406.09246, code"),
 }
 

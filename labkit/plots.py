@@ -93,3 +93,64 @@ def token_bars(probabilities, names, values, title: str = ""):
     if title:
         figure.suptitle(title, fontsize=13)
     return figure
+
+
+def token_strip(tokens, weights, title: str = ""):
+    """A token sequence as boxes, those that the loss counts filled, each with its weight.
+
+    tokens: strings.   weights: one number a token, share of the loss; 0 where it does not count.
+    """
+    import matplotlib.pyplot as plt
+
+    columns = 12
+    rows = -(-len(tokens) // columns)
+    figure, axes = plt.subplots(figsize=(11, 0.62 * rows + 0.5), layout="constrained")
+    for i, (token, weight) in enumerate(zip(tokens, weights)):
+        x, y = i % columns, -(i // columns)
+        counts = weight > 0
+        axes.add_patch(plt.Rectangle((x, y), 0.94, 0.86, facecolor=COLOURS[0] if counts else "white", edgecolor="black" if counts else "0.6"))
+        said = f"{token}\n{100 * weight:.1f} %" if counts else token
+        axes.text(x + 0.47, y + 0.43, said, ha="center", va="center", fontsize=10, color="white" if counts else "0.25")
+    axes.set(xlim=(0, columns), ylim=(1 - rows, 1), title=title)
+    axes.axis("off")
+    return figure
+
+
+def success_lines(series: dict, xlabel: str, title: str = "", live: dict | None = None):
+    """Success against a number, one line a label, with 95 % intervals.
+
+    series: label -> {x: object with `rate` and `interval`}.   live: label -> (x, rate), drawn as a star: what this notebook measured.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots()
+    for colour, marker, (label, points) in zip(COLOURS, MARKERS, series.items()):
+        x = list(points)
+        bounds = 100 * np.array([p.interval for p in points.values()])
+        axes.plot(x, [100 * p.rate for p in points.values()], color=colour, marker=marker, label=label)
+        axes.fill_between(x, bounds[:, 0], bounds[:, 1], color=colour, alpha=0.18, linewidth=0)
+        if live and label in live:
+            axes.plot(live[label][0], 100 * live[label][1], color=colour, marker="*", markersize=17, markeredgecolor="black", linestyle="none")
+    axes.set(xlabel=xlabel, ylabel="success (% of episodes)", ylim=(-4, 104), title=title, xticks=x)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def position_bars(rows: dict, tokens, marked, title: str = ""):
+    """One value for each position of a sequence, one panel a row.
+
+    rows: label -> (T,) values.   tokens: (T,) strings.   marked: (T,) bool, drawn darker and hatched.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(len(rows), 1, figsize=(11, 1.9 * len(rows) + 0.8), sharex=True, layout="constrained")
+    for panel, (label, values) in zip(np.atleast_1d(panels), rows.items()):
+        bars = panel.bar(np.arange(len(tokens)), values, color=[COLOURS[0] if m else COLOURS[4] for m in marked])
+        for bar, m in zip(bars, marked):
+            bar.set_hatch("//" if m else "")
+        panel.set_title(label, fontsize=12, loc="left")
+    panel.set_xticks(np.arange(len(tokens)), tokens, rotation=90, fontsize=8)
+    panel.set_xlabel("position, with the token that stands there")
+    if title:
+        figure.suptitle(title, fontsize=13)
+    return figure

@@ -23,10 +23,24 @@ import numpy as np
 
 from labkit.errors import UserError
 from labkit.paths import DATA
+from labkit.rollouts import wilson
 
 STORED = DATA / "sweeps"
 UNFINISHED = DATA / ".cache" / "sweeps"
 _VERSIONS = ("torch", "transformers", "peft", "mujoco", "numpy")
+
+
+@dataclass(frozen=True)
+class AcrossSeeds:
+    """A success rate over several seeds.   rate: the mean.   interval: 95 %, see `Sweep.success`.   seeds: how many."""
+
+    rate: float
+    interval: tuple[float, float]
+    seeds: int
+
+    def __str__(self):
+        low, high = self.interval
+        return f"{100 * self.rate:.0f} % (mean of {self.seeds} seeds, 95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,17 @@ class Sweep:
     def values(self, result: str, **settings) -> np.ndarray:
         """(number of seeds,) one result of all points with these settings; `a.b` reads b inside a."""
         return np.array([_inside(point, result) for point in self.where(**settings)])
+
+    def success(self, count: str, of: str = "episodes", **settings) -> AcrossSeeds:
+        """Mean success over the seeds with these settings.   count, of: results that hold the number of successes and of episodes.
+
+        The interval is the t-interval over seeds, widened to Wilson's over all episodes where that is wider: seeds that happen to agree
+        (five times 0 of 100) do not make a rate certain.
+        """
+        successes, episodes = self.values(count, **settings), self.values(of, **settings)
+        mean, low, high = mean_interval(successes / episodes)
+        lowest, highest = wilson(int(successes.sum()), int(episodes.sum()))
+        return AcrossSeeds(mean, (min(low, lowest), max(high, highest)), len(successes))
 
 
 def mean_interval(values) -> tuple[float, float, float]:

@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 import labkit
-from labkit import install, notebooks
+from labkit import install, notebooks, student_copies
 from labkit.__main__ import VERBS, main
 from labkit.commands.test import names_a_test
 from labkit.doctor import PROBES, report, try_in_child

@@ -6,10 +6,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from labkit.exercises.exercise import all_exercises
 from labkit.paths import NOTEBOOKS
 
 ORDER = ["title", "abilities", "setup", "cold-open", "predict", "idea", "exercise", "check", "hints", "bridge",
-         "figure", "claims", "play", "static-twin", "control", "question", "recap"]
+         "figure", "claims", "play", "static-twin", "control", "question", "recap", "receipt"]
 REPEATED = {"predict", "idea", "exercise", "check", "hints", "bridge"}
 NEEDED = {"title", "abilities", "setup", "cold-open", "predict", "idea", "figure", "claims", "play", "static-twin", "control", "question", "recap"}
 INSTALLS = re.compile(r"^\s*[!%].*\b(pip|conda|apt|wget|curl)\b|subprocess|urllib|requests\.|snapshot_download|hf_hub", re.MULTILINE)
@@ -38,11 +39,38 @@ def faults(path: Path):
             found += [f"cell {i}: {fault}" for fault in code_faults(cell)]
         elif re.search(r"!\[\s*\]\(|<img(?![^>]*\balt=\"[^\"]+\")", cell.source):
             found.append(f"cell {i}: a picture without alternative text")
+    graded = [cell for cell, r in zip(notebook.cells, roles) if r == "exercise" and cell.cell_type == "code" and "nbgrader" in cell.metadata]
+    if graded and (roles[-1] != "receipt" or f'receipt("{path.name}")' not in notebook.cells[-1].source):
+        found.append("the last cell does not print the receipt of this notebook")
+    found += card_faults(notebook.cells, roles)
     setups = [cell for cell, r in zip(notebook.cells, roles) if r == "setup"]
     if len(setups) != 1 or len(setups[0].source.strip().splitlines()) > 8:
         found.append("there is not exactly one set-up cell of at most 8 lines")
     if not re.search(r"^Measured: \d", notebook.cells[0].source, re.MULTILINE):
         found.append("the title does not say what was measured; run `python3 -m labkit run --inplace`")
+    return found
+
+
+def card_faults(cells, roles):
+    """Exercise cards, cells, checks and the exercise objects must say the same: number, minutes, points, names."""
+    found, known, number = [], all_exercises(), 0
+    for i, (cell, r) in enumerate(zip(cells, roles)):
+        if r != "exercise" or cell.cell_type != "markdown":
+            continue
+        number += 1
+        graded = cells[i + 1].metadata.get("nbgrader")
+        if not graded:
+            continue  # an exercise for its own sake
+        exercise = known.get(graded["grade_id"])
+        if exercise is None:
+            found.append(f"cell {i + 1}: there is no exercise {graded['grade_id']}")
+            continue
+        card = rf"^\*\*Exercise {number} · {exercise.minutes} minutes · (easy|medium|hard) · {exercise.points} points\*\* \S"
+        if not re.match(card, cell.source):
+            found.append(f"cell {i}: the card does not say Exercise {number}, {exercise.minutes} minutes, {exercise.points} points")
+        asks = cells[i + 2]
+        if asks.source.strip() != f"check({exercise.entry})" or asks.metadata["nbgrader"]["points"] != exercise.points:
+            found.append(f"cell {i + 2}: not the check of {exercise.id}, for {exercise.points} points")
     return found
 
 
@@ -80,6 +108,7 @@ def test_notebook_keeps_the_house_rules(path):
 
 
 def broken(notebook, fault):
+    cards = [cell for cell in notebook.cells if cell.source.startswith("**Exercise")]
     code = next(cell for cell in notebook.cells if cell.cell_type == "code")
     if fault == "alternative text":
         code.outputs = [nbformat.v4.new_output("display_data", {"image/png": "AAAA"})]
@@ -89,6 +118,12 @@ def broken(notebook, fault):
         code.execution_count = 7
     elif fault == "role":
         notebook.cells[3].metadata["tags"] = []
+    elif fault == "receipt":
+        notebook.cells.pop()
+    elif fault == "the card does not say":
+        cards[-1].source = cards[-1].source.replace("minutes", "hours")
+    elif fault == "not the check of":
+        notebook.cells[notebook.cells.index(cards[0]) + 2].source = "check(print)"
     elif fault == "comes after":
         notebook.cells.append(notebook.cells.pop(0))
     elif fault == "stored error":
@@ -101,10 +136,11 @@ def broken(notebook, fault):
 
 
 @pytest.mark.parametrize("fault", [
-    "alternative text", "installs", "executed", "role", "comes after", "stored error", "set-up cell", "bytes, at most",
+    "alternative text", "installs", "executed", "role", "comes after", "stored error", "set-up cell", "bytes, at most", "receipt",
+    "the card does not say", "not the check of",
 ])
 def test_each_house_rule_can_be_broken(fault, tmp_path):
-    notebook = nbformat.read(sorted(NOTEBOOKS.glob("*.ipynb"))[0], as_version=4)
+    notebook = nbformat.read(NOTEBOOKS / "01_sft_loss_masking.ipynb", as_version=4)
     path = tmp_path / "broken.ipynb"
     nbformat.write(broken(notebook, fault), path)
     assert any(fault in sentence for sentence in faults(path))

@@ -45,7 +45,8 @@ def main(args):
     if args.port:
         command.append(f"--port={args.port}")
     environment = course_environment()
-    # labkit/jupyter turns JupyterLab's announcements off: no dialogue over the first lesson, and no call to a server.
+    # labkit/jupyter turns announcements off (no dialogue over the first lesson, no call to a server), and nbgrader's panels, which only the
+    # tests need.
     folders = [str(ROOT / "labkit" / "jupyter"), environment.get("JUPYTER_CONFIG_PATH")]
     environment["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, folders))
     return hand_over(command + args.extra, environment)

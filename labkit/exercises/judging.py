@@ -52,6 +52,14 @@ def check(entry, exercise: str | None = None) -> int:
     return verdict.earned
 
 
+def trusted(entry, otherwise):
+    """The student's `entry` if it passes its check, else `otherwise`, the library's; prints which: an unsolved exercise blocks nothing."""
+    verdict = judge(_named(entry, None), lambda case: answer(entry, case))
+    mine = verdict.status == CORRECT
+    print(f"From here on: {'your own' if mine else 'the library version of'} {entry.__name__}{'' if mine else f' ({verdict.status})'}.")
+    return entry if mine else otherwise
+
+
 def _named(entry, exercise):
     known = all_exercises()
     if exercise in known:

@@ -180,7 +180,7 @@ def _loss_case(rng, rows, prompt, action, vocabulary, asks=("output",), padding=
     length = padding + prompt + action + rows - 1
     labels = torch.full((rows, length), IGNORED)
     for i in range(rows):
-        labels[i, length - action - i :] = torch.from_numpy(rng.integers(1, vocabulary, action + i))
+        labels[i, length - action - i :] = torch.from_numpy(rng.integers(0, vocabulary, action + i))
     supervised = int((labels != IGNORED).sum())
     return Case(
         {"logits": torch.from_numpy(rng.normal(0, 2, (rows, length, vocabulary))).float(), "labels": labels},

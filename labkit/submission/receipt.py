@@ -16,7 +16,7 @@ from labkit.submission.cells import cells_of, exercise_ids_of, read_notebook
 
 @dataclass(frozen=True)
 class Receipt:
-    """What became of one saved notebook.   digest: over the sources that were run.   stale: exercises whose cell was changed after saving."""
+    """What became of one saved notebook.   digest: over the sources that were run.   stale: exercises that were changed after saving."""
 
     notebook: str
     saved: datetime
@@ -28,7 +28,8 @@ class Receipt:
     def __str__(self):
         attempted = [v for v in self.verdicts if v.status != NOT_ATTEMPTED]
         correct = [v for v in self.verdicts if v.status == CORRECT]
-        lines = [f"{self.notebook}, saved {self.saved:%Y-%m-%d %H:%M:%S}, its set-up cell and exercise cells run in a fresh process ({self.seconds:.0f} s):"]
+        lines = [f"{self.notebook}, saved {self.saved:%Y-%m-%d %H:%M:%S}; its set-up cell and exercise cells, "
+                 f"run in a fresh process ({self.seconds:.0f} s):"]
         lines += [f"  {verdict}" for verdict in self.verdicts]
         lines.append(f"{len(attempted)} of {len(self.verdicts)} exercises attempted, {len(correct)} pass the public checks, "
                      f"{sum(v.earned for v in self.verdicts)} of {sum(v.points for v in self.verdicts)} points. Digest {self.digest}.")
