@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from textwrap import fill
 
 import numpy as np
 
@@ -23,15 +24,26 @@ def style():
     })
 
 
-def show(figure, alt: str):
-    """Display a figure with its alternative text, and close it.   alt: what a student who cannot see it should know."""
+def show(figure, alt: str, says: str = ""):
+    """Display a figure with its alternative text, and close it.
+
+    alt: what kind of picture it is, for a student who cannot see it.   says: what it shows, in words and numbers; printed under the figure
+    and added to the alternative text.
+    """
     import matplotlib.pyplot as plt
     from IPython.display import display
 
     picture = io.BytesIO()
     figure.savefig(picture, format="png", bbox_inches="tight")
     plt.close(figure)
-    display(AltImage(picture.getvalue(), "png", alt))
+    display(AltImage(picture.getvalue(), "png", " ".join(filter(None, [alt, says]))))
+    if says:
+        print(says)
+
+
+def in_words(results: dict) -> str:
+    """label -> anything that can be printed, as one sentence."""
+    return "; ".join(f"{label}: {result}" for label, result in results.items()) + "."
 
 
 class AltImage:
@@ -61,7 +73,7 @@ def success_bars(rollouts: dict, title: str = "", chance: dict | None = None):
     """
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots()
+    figure, axes = plt.subplots(figsize=(max(7.5, 1.7 * len(rollouts)), 4.2))
     places = np.arange(len(rollouts))
     rates = np.array([100 * r.rate for r in rollouts.values()])
     bounds = 100 * np.array([r.interval for r in rollouts.values()])
@@ -72,7 +84,7 @@ def success_bars(rollouts: dict, title: str = "", chance: dict | None = None):
             axes.plot([place - 0.35, place + 0.35], [100 * chance[label]] * 2, color="black", linestyle="--", marker="")
     for place, rate, high in zip(places, rates, bounds[:, 1]):
         axes.annotate(f"{rate:.0f} %", (place, high), ha="center", va="bottom", xytext=(0, 3), textcoords="offset points")
-    axes.set_xticks(places, list(rollouts))
+    axes.set_xticks(places, [fill(str(label), 16) for label in rollouts])
     axes.set(ylabel="success (% of episodes)", ylim=(0, 112), title=title)
     axes.set_yticks(range(0, 101, 20))
     return figure

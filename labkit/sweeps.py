@@ -40,7 +40,7 @@ class AcrossSeeds:
 
     def __str__(self):
         low, high = self.interval
-        return f"{100 * self.rate:.0f} % (mean of {self.seeds} seeds, 95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
+        return f"{100 * self.rate:.0f} % ({100 * low:.0f} to {100 * high:.0f} %, {self.seeds} seeds)"
 
 
 @dataclass(frozen=True)

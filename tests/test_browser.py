@@ -1,4 +1,4 @@
-"""JupyterLab in a real browser: the first notebook opens, every cell runs, an instruction is typed and the robot moves."""
+"""JupyterLab in a real browser: students' copies open, every cell runs, the robot is told what to do, a slider shows another picture."""
 
 import shutil
 import socket
@@ -14,7 +14,7 @@ from labkit.paths import DATA, NOTEBOOKS, ROOT, RUNS
 from labkit.student_copies import student_copy
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-NOTEBOOK = "00_start_here.ipynb"
+START, MASKING = "00_start_here.ipynb", "01_sft_loss_masking.ipynb"
 STUDENT = RUNS / "browser-test"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
@@ -36,9 +36,10 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """Address of a JupyterLab started by the README's first command; the notebook is a copy, so that nobody's work is touched."""
+    """Address of a JupyterLab started by the README's first command; the notebooks are fresh copies, so that nobody's work is touched."""
     folder, port = tmp_path_factory.mktemp("student"), free_port()
-    student_copy(NOTEBOOKS / NOTEBOOK, STUDENT / NOTEBOOK)
+    for name in (START, MASKING):
+        student_copy(NOTEBOOKS / name, STUDENT / name)
     command = [sys.executable, "-m", "labkit", "lab", "--no-browser", f"--port={port}", "--IdentityProvider.token="]
     with open(folder / "server.log", "wb") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
@@ -56,45 +57,81 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(server):
-    """The notebook in the browser, every cell run."""
+def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1300, "height": 1000})
-        page.set_default_timeout(PATIENCE_MS)
-        page.goto(f"{server}/lab/tree/{STUDENT.relative_to(ROOT)}/{NOTEBOOK}?reset")
-        page.get_by_role("menuitem", name="Run", exact=True).wait_for()
-        page.locator(".jp-Notebook .jp-Cell").first.wait_for()
-        # Run All Cells is lost on a kernel that is still starting.
-        page.locator("#jp-main-statusbar").get_by_text("Python 3 (ipykernel) | Idle").wait_for()
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        page.locator(".jp-Notebook-ExecutionIndicator[data-status='busy']").first.wait_for()
-        page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").first.wait_for()
-        yield page
+        yield browser
         browser.close()
 
 
-def test_no_cell_ends_in_an_error(page):
-    seen = read_whole_notebook(page)
+def run_all_cells(browser, server, name):
+    """The student's copy of a notebook in the browser, every cell run."""
+    page = browser.new_page(viewport={"width": 1300, "height": 1000})
+    page.set_default_timeout(PATIENCE_MS)
+    page.goto(f"{server}/lab/tree/{STUDENT.relative_to(ROOT)}/{name}?reset")
+    page.get_by_role("menuitem", name="Run", exact=True).wait_for()
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+    # Run All Cells is lost on a kernel that is still starting.
+    page.locator("#jp-main-statusbar").get_by_text("Python 3 (ipykernel) | Idle").wait_for()
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status='busy']").first.wait_for()
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").first.wait_for()
+    return page
+
+
+@pytest.fixture(scope="module")
+def start(browser, server):
+    page = run_all_cells(browser, server, START)
+    yield page
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def masking(browser, server):
+    page = run_all_cells(browser, server, MASKING)
+    yield page
+    page.close()
+
+
+@pytest.mark.parametrize("notebook, pictures", [("start", 4), ("masking", 7)])
+def test_no_cell_of_an_unsolved_copy_ends_in_an_error(notebook, pictures, request):
+    seen = read_whole_notebook(request.getfixturevalue(notebook))
     assert seen["errors"] == []
-    assert seen["pictures"] >= 4
+    assert seen["pictures"] >= pictures
 
 
-def show_widget(page):
-    """Bring the widget into view; JupyterLab draws only the cells near the window."""
+def test_the_receipt_of_an_unsolved_copy_says_not_attempted(masking):
+    bring_into_view(masking, masking.get_by_text("0 of 3 exercises attempted"))
+    assert masking.get_by_text("0 of 3 exercises attempted").count() == 1
+
+
+def test_moving_the_slider_shows_another_picture(masking):
+    slider = masking.locator(".jupyter-widgets [role=slider]")
+    bring_into_view(masking, slider)
+    picture = masking.locator(".widget-interact img")
+    before = picture.get_attribute("alt")
+    slider.first.focus()
+    slider.first.press("ArrowRight")
+    masking.wait_for_function("old => document.querySelector('.widget-interact img')?.alt !== old", arg=before)
+    after = picture.get_attribute("alt")
+    assert "action tokens" in before and "action tokens" in after and before != after
+
+
+def bring_into_view(page, wanted):
+    """Scroll until `wanted` is there; JupyterLab draws only the cells near the window."""
     for cell in page.locator(".jp-Notebook .jp-Cell").all():
-        if page.get_by_role("button", name="Do it").count():
+        if wanted.count():
             break
         cell.scroll_into_view_if_needed()
-    page.get_by_role("button", name="Do it").scroll_into_view_if_needed()
+    wanted.first.scroll_into_view_if_needed()
 
 
-def test_a_typed_instruction_moves_the_robot(page):
-    show_widget(page)
-    button = page.get_by_role("button", name="Do it")
+def test_a_typed_instruction_moves_the_robot(start):
+    page, button = start, start.get_by_role("button", name="Do it")
+    bring_into_view(page, button)
     before = page.locator(".jupyter-widgets img").first.get_attribute("src")
     field = page.locator(".jupyter-widgets input[type=text]").first
     field.fill("please grab the red mug")
@@ -106,8 +143,9 @@ def test_a_typed_instruction_moves_the_robot(page):
     assert "means x" in said and "Result: done" in said
 
 
-def test_an_unknown_word_is_named(page):
-    show_widget(page)
+def test_an_unknown_word_is_named(start):
+    page = start
+    bring_into_view(page, page.get_by_role("button", name="Do it"))
     field = page.locator(".jupyter-widgets input[type=text]").first
     field.fill("pick up the banana")
     field.press("Enter")

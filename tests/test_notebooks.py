@@ -15,6 +15,7 @@ REPEATED = {"predict", "idea", "exercise", "check", "hints", "bridge"}
 NEEDED = {"title", "abilities", "setup", "cold-open", "predict", "idea", "figure", "claims", "play", "static-twin", "control", "question", "recap"}
 INSTALLS = re.compile(r"^\s*[!%].*\b(pip|conda|apt|wget|curl)\b|subprocess|urllib|requests\.|snapshot_download|hf_hub", re.MULTILINE)
 LARGEST = 1_000_000
+WIDEST = 112  # what JupyterLab shows without scrolling on a laptop
 
 
 def role(cell):
@@ -91,6 +92,8 @@ def code_faults(cell):
         found.append("installs or downloads something")
     if re.search(r"\bif testing\b|os\.environ|/work/|/home/|C:\\\\", cell.source):
         found.append("branches on where it runs, or names a folder of one machine")
+    if max(map(len, cell.source.split("\n"))) > WIDEST:
+        found.append(f"a line of more than {WIDEST} characters: it does not fit on the page")
     for output in cell.outputs:
         if output.output_type == "error":
             found.append(f"stored error {output.ename}")
@@ -118,6 +121,8 @@ def broken(notebook, fault):
         code.execution_count = 7
     elif fault == "role":
         notebook.cells[3].metadata["tags"] = []
+    elif fault == "does not fit":
+        code.source += "\nx = 0" + " + 1" * 50
     elif fault == "receipt":
         notebook.cells.pop()
     elif fault == "the card does not say":
@@ -136,7 +141,7 @@ def broken(notebook, fault):
 
 
 @pytest.mark.parametrize("fault", [
-    "alternative text", "installs", "executed", "role", "comes after", "stored error", "set-up cell", "bytes, at most", "receipt",
+    "alternative text", "installs", "executed", "role", "comes after", "stored error", "set-up cell", "bytes, at most", "receipt", "does not fit",
     "the card does not say", "not the check of",
 ])
 def test_each_house_rule_can_be_broken(fault, tmp_path):
