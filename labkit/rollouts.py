@@ -124,14 +124,20 @@ def rollout(policy, task: str, episodes: int = 100, seed: int = EVALUATION_SEED,
             if instruction == "another":
                 observations = [{**o, "instruction": _another(env, int(s))} for env, o, s in zip(environments, observations, seeds)]
             seen += observations[: LATENCY_SAMPLES - len(seen)]
-            parts.append((seeds, *_lock_step(policy, environments, observations, bar)))
+            parts.append((seeds, *lock_step(policy, environments, observations, bar.update)))
     seeds, success, decisions, errors = (np.concatenate(column) for column in zip(*parts))
     milliseconds = np.array([1000 * policy.decide([o]).seconds for o in seen])
     return Rollouts(task, success, seeds, decisions, errors, milliseconds, time.perf_counter() - begun)
 
 
-def _lock_step(policy, environments, observations, bar):
-    """All environments take their decision number k together; those that are done leave the batch."""
+def lock_step(policy, environments, observations, on_episode=lambda: None):
+    """Run episodes side by side: all environments take their decision number k in one forward pass; those that are done leave the batch.
+
+    environments: reset `Tabletop`s, which end where their episodes end.   observations: their first ones; what these say as `instruction`
+    is what the policy hears throughout.   on_episode: called at the end of each.
+    Returns success (N,) bool, decisions (N,) int, and the first waypoint's distance from the expert's (N,) in metres.
+    """
+    observations = list(observations)
     count = len(environments)
     success, decisions, errors = np.zeros(count, bool), np.zeros(count, int), np.zeros(count)
     running = list(range(count))
@@ -148,7 +154,7 @@ def _lock_step(policy, environments, observations, bar):
             observations[i] = {**observation, "instruction": said}
             success[i], decisions[i] = info["success"], info["decisions"]
             if terminated or truncated:
-                bar.update()
+                on_episode()
             else:
                 still.append(i)
         running = still

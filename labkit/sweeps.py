@@ -9,13 +9,14 @@ import hashlib
 import json
 import os
 import platform
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import date
 from importlib import import_module
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from pkgutil import iter_modules
 
@@ -128,7 +129,7 @@ def run_sweep(name: str, processes: int = 2, folder: Path = STORED, progress: bo
     done = _finished(log)
     missing = [point for point in points if _key(point) not in done]
     with tqdm(total=len(points), initial=len(points) - len(missing), desc=name, unit="point", disable=not progress) as bar:
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_prepare) as pool:
             waiting = {pool.submit(_run_point, name, point): point for point in missing}
             try:
                 for future in as_completed(waiting):
@@ -159,13 +160,20 @@ def provenance(name: str) -> dict:
     }
 
 
-def _one_thread():
+def _prepare():
+    """In a new process: one thread, and no life beyond the sweep's, however that ends."""
     import torch
 
     from labkit.quiet import quiet_libraries
 
     torch.set_num_threads(1)
     quiet_libraries()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    parent_process().join()
+    os._exit(1)
 
 
 def _run_point(name, point):

@@ -23,13 +23,20 @@ def answer(entry, case: Case):
 
     The arguments are fresh copies, and torch's generator starts from the same seed in every call.
     """
-    arguments = {name: copied(value, name in case.gradients) for name, value in case.arguments.items()}
+    arguments = {name: copied(value, "gradients" in case.asks and name in case.gradients) for name, value in case.arguments.items()}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would set the generators of GPUs, too, which are not kept
         try:
             return _answer(entry, case, arguments)
         except (Exception, SystemExit) as error:
-            return Raised(type(error).__name__, str(error)[:_LONGEST_MESSAGE], student_line(error))
+            return Raised(type(error).__name__, _message(error), student_line(error))
+
+
+def _message(error):
+    try:
+        return str(error)[:_LONGEST_MESSAGE]
+    except Exception:  # the exception may be the student's own
+        return "its message cannot be read"
 
 
 def _answer(entry, case, arguments):
@@ -57,6 +64,8 @@ def _load(module, state):
 def _gradients(output, built, arguments, case):
     if not isinstance(output, torch.Tensor) or not output.requires_grad:
         raise Unusable("no gradient flows back from the output: stay with torch's operations, without item(), detach() or no_grad()")
+    if case.cotangent is not None and output.shape != case.cotangent.shape:
+        raise Unusable(f"the output has shape {tuple(output.shape)}, not {tuple(case.cotangent.shape)}")
     parameters = dict(built.named_parameters()) if isinstance(built, torch.nn.Module) else {}
     sources = {name: arguments.get(name, parameters.get(name)) for name in case.gradients}
     wanted = {name: tensor for name, tensor in sources.items() if tensor is not None and tensor.requires_grad}
@@ -74,7 +83,7 @@ def copied(value, requires_grad: bool = False):
     if isinstance(value, dict):
         return {name: copied(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(copied(item) for item in value)
+        return [copied(item) for item in value] if isinstance(value, list) else tuple(copied(item) for item in value)
     return value
 
 
@@ -85,7 +94,7 @@ def plain(value):
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(plain(item) for item in value)
+        return [plain(item) for item in value] if isinstance(value, list) else tuple(plain(item) for item in value)
     return value
 
 

@@ -81,11 +81,12 @@ def judge(exercise: Exercise, ask: Callable[[Case], object], secret: str = PUBLI
     passed = faults.count("")
 
     def verdict(status, sentence, misconception=None):
-        return Verdict(exercise.id, status, sentence, passed, len(cases), exercise.points, misconception)
+        return Verdict(exercise.id, status, printable(sentence), passed, len(cases), exercise.points, misconception)
 
     if passed == len(cases):
         return verdict(CORRECT, f"All {len(cases)} cases agree with an independent calculation.")
-    if any(isinstance(given, Raised) and given.kind == "NotImplementedError" for given in answers):
+    # The stub says nothing; torch says what it has not implemented, and a module that its forward is missing.
+    if any(isinstance(given, Raised) and given.kind == "NotImplementedError" and not given.message for given in answers):
         return verdict(NOT_ATTEMPTED, f"`{exercise.entry}` still raises NotImplementedError: put your own lines in its place.")
     first = next(i for i, fault in enumerate(faults) if fault)
     if answers[first] is None:
@@ -132,7 +133,8 @@ def _difference_raised(given, expected):
     if isinstance(expected, Raised):
         return f"it returns {shown(given)} where an error is due."
     at = f" in line {given.line} of your cell" if given.line else ""
-    return f"it raises {given.kind}{at}: {given.message}." if given.kind != "Unusable" else f"{given.message}."
+    words = given.message.strip().rstrip(".")
+    return f"{words}." if given.kind == "Unusable" else f"it raises {given.kind}{at}{': ' if words else ''}{words}."
 
 
 def _difference_dicts(given, expected, close, where):
@@ -148,12 +150,16 @@ def _difference_dicts(given, expected, close, where):
 
 
 def _difference_lists(given, expected, close, where):
+    if isinstance(given, (torch.Tensor, np.ndarray)) and given.ndim and _as_numbers(given) is not None:
+        given = list(given)
     if not isinstance(given, (list, tuple)) or len(given) != len(expected):
         return f"{where} is {shown(given)}, not {len(expected)} values."
     return next(filter(None, (difference(g, e, close, f"{where}, number {i}") for i, (g, e) in enumerate(zip(given, expected)))), "")
 
 
 def _difference_numbers(given, expected, close, where):
+    if given is None:
+        return f"{where} is missing (None)."
     given_array, expected_array = _as_numbers(given), _as_numbers(expected)
     if given_array is None:
         return f"{where} is {shown(given)}, not numbers."
@@ -167,13 +173,17 @@ def _difference_numbers(given, expected, close, where):
 
 
 def _is_numbers(values):
-    return _as_numbers(values) is not None
+    """Several tensors are several answers, even where they could be stacked."""
+    return not any(isinstance(value, torch.Tensor) for value in values) and _as_numbers(values) is not None
 
 
 def _as_numbers(value):
     """float64 array of a tensor, a number, or nested lists of numbers; None for anything else."""
     if isinstance(value, torch.Tensor):
-        return None if value.is_complex() else value.detach().double().cpu().numpy()
+        try:
+            return None if value.is_complex() else value.detach().double().cpu().numpy()
+        except (RuntimeError, TypeError):
+            return None  # sparse, nested, quantized, or without values
     if isinstance(value, (np.ndarray, np.generic)):
         return np.float64(value) if value.dtype.kind in "biuf" else None
     if isinstance(value, (bool, int, float)):
@@ -187,11 +197,22 @@ def _as_numbers(value):
     return None
 
 
+def printable(text: str) -> str:
+    """The text on one line, without control characters; it may have come from a student."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def shown(value) -> str:
     """A student's own value, short enough for a sentence."""
-    if isinstance(value, torch.Tensor):
-        text = str(value.item()) if value.ndim == 0 else f"a tensor {tuple(value.shape)} " + np.array2string(
-            value.detach().double().cpu().numpy(), precision=4, threshold=12, separator=", ").replace("\n", "")
-    else:
-        text = repr(value)
+    numbers = _as_numbers(value) if isinstance(value, torch.Tensor) else None
+    try:
+        if numbers is None:
+            text = repr(value)
+        elif value.ndim == 0:
+            text = str(value.item())
+        else:
+            text = f"a tensor {tuple(value.shape)} " + np.array2string(numbers, precision=4, threshold=12, separator=", ")
+    except Exception:  # a student's __repr__ may do anything; and an int may have too many digits for Python
+        text = f"something of type {type(value).__name__}"
+    text = printable(text)
     return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + " ..."

@@ -78,6 +78,8 @@ class Labels(Exercise):
         for prompt, action in sizes:
             # No id is 0 or small enough to be mistaken for a place.
             ids = torch.from_numpy(rng.permutation(500)[: prompt + action] + 100)
+            if prompt > 5:
+                ids[1] = ids[-1]  # a token may stand in the prompt and in the action
             yield Case(
                 {"prompt_ids": ids[:prompt], "action_ids": ids[prompt:]},
                 says="a prompt of {prompt} tokens and an action of {action}",
@@ -175,20 +177,35 @@ def _reference_loss(logits, labels):
     return torch.stack(losses).mean()
 
 
-def _loss_case(rng, rows, prompt, action, vocabulary, asks=("output",), padding=0):
-    """rows sequences; row i supervises action + i tokens, so that a mean over rows is not a mean over tokens."""
+def _loss_case(rng, rows, prompt, action, vocabulary, asks=("output",), padding=0, scattered=False):
+    """rows sequences; row i supervises action + i tokens, so that a mean over rows is not a mean over tokens.
+
+    scattered: with a label on the first token, which nothing predicts; another turn in the middle; padding on the right; token 0 as a target.
+    """
     length = padding + prompt + action + rows - 1
     labels = torch.full((rows, length), IGNORED)
     for i in range(rows):
         labels[i, length - action - i :] = torch.from_numpy(rng.integers(0, vocabulary, action + i))
-    supervised = int((labels != IGNORED).sum())
+    if scattered:
+        labels[:, 0] = torch.from_numpy(rng.integers(0, vocabulary, rows))
+        labels[1:, 2:4] = torch.from_numpy(rng.integers(0, vocabulary, (rows - 1, 2)))
+        labels[0, -2:] = IGNORED
+        labels[-1, -1] = 0
+    supervised = int((labels[:, 1:] != IGNORED).sum())
     return Case(
         {"logits": torch.from_numpy(rng.normal(0, 2, (rows, length, vocabulary))).float(), "labels": labels},
-        says="a batch of {rows} x {length} tokens, {supervised} of them supervised, and a vocabulary of {vocabulary}",
+        says="a batch of {rows} x {length} tokens, {supervised} of them supervised, and a vocabulary of {vocabulary}"
+        + (", where the first token has a label, too, though nothing stands before it" if scattered else ""),
         must="The {supervised} supervised tokens, each predicted by the position before it, count alike, and nothing else counts.",
         facts={"rows": rows, "length": length, "positions": rows * (length - 1), "supervised": supervised, "vocabulary": vocabulary},
         asks=asks, gradients=("logits",),
     )  # fmt: skip
+
+
+def _large(case):
+    """With logits so large that the exponential overflows where it is taken by hand."""
+    case.arguments["logits"].mul_(100)
+    return case
 
 
 @exercise("sft-masked-loss", points=4, minutes=8)
@@ -203,14 +220,12 @@ class MaskedLoss(Exercise):
         yield _loss_case(rng, rows=1, prompt=3, action=2, vocabulary=7)
         yield _loss_case(rng, rows=3, prompt=5, action=4, vocabulary=11)
         yield _loss_case(rng, rows=2, prompt=4, action=3, vocabulary=5, asks=("output", "gradients"))
+        yield _loss_case(rng, rows=3, prompt=6, action=4, vocabulary=8, scattered=True)
         ### BEGIN HIDDEN TESTS
         if hidden:
             yield _loss_case(rng, rows=1, prompt=1, action=1, vocabulary=2)
             yield _loss_case(rng, rows=5, prompt=8, action=4, vocabulary=626, padding=6, asks=("output", "gradients"))
-            # Logits this large overflow where the exponential is taken by hand.
-            large = _loss_case(rng, rows=2, prompt=3, action=3, vocabulary=9)
-            large.arguments["logits"].mul_(100)
-            yield large
+            yield _large(_loss_case(rng, rows=2, prompt=3, action=3, vocabulary=9))
         ### END HIDDEN TESTS
 
     def expected(self, case):
@@ -298,10 +313,12 @@ class LogitGradient(Exercise):
     def cases(self, rng, hidden):
         yield _loss_case(rng, rows=1, prompt=2, action=2, vocabulary=4)
         yield _loss_case(rng, rows=3, prompt=4, action=3, vocabulary=6)
+        yield _loss_case(rng, rows=3, prompt=6, action=4, vocabulary=8, scattered=True)
         ### BEGIN HIDDEN TESTS
         if hidden:
             yield _loss_case(rng, rows=1, prompt=1, action=1, vocabulary=2)
             yield _loss_case(rng, rows=4, prompt=9, action=4, vocabulary=50, padding=3)
+            yield _large(_loss_case(rng, rows=2, prompt=3, action=3, vocabulary=9))
         ### END HIDDEN TESTS
 
     def expected(self, case):

@@ -33,20 +33,34 @@ class Camera:
 STUDIO = Camera(position=(0.42, -0.52, 0.46), look_at=(0.0, 0.04, 0.08), field_degrees=46.0, size=256)
 
 
-@lru_cache(maxsize=256)
-def _rays(camera: Camera):
-    """Unit ray directions (pixels, 3) float64 and each ray's share along the optical axis (pixels,)."""
+def _axes(camera: Camera):
+    """Position (3,), and the unit vectors (3,) forward, right and up of the camera."""
     position, target = np.array(camera.position), np.array(camera.look_at)
     forward = (target - position) / np.linalg.norm(target - position)
     right = np.cross(forward, (0.0, 0.0, 1.0))
     right /= np.linalg.norm(right)
-    up = np.cross(right, forward)
+    return position, forward, right, np.cross(right, forward)
+
+
+@lru_cache(maxsize=256)
+def _rays(camera: Camera):
+    """Unit ray directions (pixels, 3) float64 and each ray's share along the optical axis (pixels,)."""
+    _, forward, right, up = _axes(camera)
     half = np.tan(np.radians(camera.field_degrees) / 2)
     steps = ((np.arange(camera.size) + 0.5) / camera.size * 2 - 1) * half
     grid = forward + steps[None, :, None] * right - steps[:, None, None] * up
     rays = grid.reshape(-1, 3)
     rays /= np.linalg.norm(rays, axis=1, keepdims=True)
     return np.ascontiguousarray(rays), rays @ forward
+
+
+def pixels_of(points, camera: Camera = Camera()) -> np.ndarray:
+    """Where points of the world appear: (N, 3) metres  ->  (N, 2) column and row, in pixels from the upper left corner."""
+    position, forward, right, up = _axes(camera)
+    offset = np.asarray(points, float) - position
+    half = np.tan(np.radians(camera.field_degrees) / 2)
+    across, upward = offset @ right / (offset @ forward), offset @ up / (offset @ forward)
+    return np.stack([across / half + 1, 1 - upward / half], axis=-1) * camera.size / 2
 
 
 def photograph(model, data, rgb, camera: Camera = Camera(), light: float = 1.0, light_direction: float = 0.0):
