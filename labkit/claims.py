@@ -23,6 +23,7 @@ CLAIMS = {
     "sft-sum": Claim("the loss is the sum of -log p over the action tokens; instruction and observation are given", "lecture, instruction tuning"),
     "sft-mask": Claim("the mask zeroes every prefix position, so that gradients come from predicting actions alone", "lecture, instruction tuning"),
     "sft-same": Claim("SFT of language models uses the same formulation; only the predicted tokens differ", "lecture, instruction tuning"),
+    "grounding": Claim("words like 'the leftmost' may not be resolved reliably; fine-tuning reinforces grounding", "lecture, instruction tuning"),
     "bins": Claim("256 bins a number; on [-1, 1] OpenVLA's are at worst 1/255 off", "OpenVLA, arXiv 2406.09246, code"),
 }
 

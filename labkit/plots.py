@@ -73,7 +73,7 @@ def success_bars(rollouts: dict, title: str = "", chance: dict | None = None):
     """
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(max(7.5, 1.7 * len(rollouts)), 4.2))
+    figure, axes = plt.subplots(figsize=(max(7.5, 2.1 * len(rollouts)), 4.2))
     places = np.arange(len(rollouts))
     rates = np.array([100 * r.rate for r in rollouts.values()])
     bounds = 100 * np.array([r.interval for r in rollouts.values()])
@@ -84,7 +84,7 @@ def success_bars(rollouts: dict, title: str = "", chance: dict | None = None):
             axes.plot([place - 0.35, place + 0.35], [100 * chance[label]] * 2, color="black", linestyle="--", marker="")
     for place, rate, high in zip(places, rates, bounds[:, 1]):
         axes.annotate(f"{rate:.0f} %", (place, high), ha="center", va="bottom", xytext=(0, 3), textcoords="offset points")
-    axes.set_xticks(places, [fill(str(label), 16) for label in rollouts])
+    axes.set_xticks(places, [fill(str(label), 15) for label in rollouts])
     axes.set(ylabel="success (% of episodes)", ylim=(0, 112), title=title)
     axes.set_yticks(range(0, 101, 20))
     return figure
@@ -165,4 +165,44 @@ def position_bars(rows: dict, tokens, marked, title: str = ""):
     panel.set_xlabel("position, with the token that stands there")
     if title:
         figure.suptitle(title, fontsize=13)
+    return figure
+
+
+def heatmaps(matrices: dict, rows, columns, row_label: str, column_label: str):
+    """Success rates as grids side by side, each cell with its number.
+
+    matrices: title -> (R, C) rates between 0 and 1, nan where nothing was tried.   rows, columns: names.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(matrices), figsize=(5.2 * len(matrices), 4.6), layout="constrained", squeeze=False)
+    for panel, (title, matrix) in zip(panels[0], matrices.items()):
+        matrix = np.asarray(matrix, float)
+        panel.imshow(matrix, vmin=0, vmax=1, cmap="cividis")
+        for (i, j), rate in np.ndenumerate(matrix):
+            text = "-" if np.isnan(rate) else f"{100 * rate:.0f}"
+            panel.text(j, i, text, ha="center", va="center", color="black" if rate > 0.6 else "white", fontsize=12)
+        panel.set_xticks(range(len(columns)), columns, rotation=30)
+        panel.set_yticks(range(len(rows)), rows)
+        panel.set(title=title, xlabel=column_label)
+        panel.grid(False)
+    panels[0][0].set_ylabel(row_label)
+    return figure
+
+
+def over_picture(picture, weights, title: str = ""):
+    """What a policy sees, and beside it the same with a weight for each patch laid over it.
+
+    picture: (S, S, 3) uint8.   weights: (P, P), patches row by row from the upper left.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(8, 4), layout="constrained")
+    size = picture.shape[0]
+    for panel in panels:
+        panel.imshow(picture)
+        panel.axis("off")
+    grid = panels[1].imshow(weights, extent=(-0.5, size - 0.5, size - 0.5, -0.5), cmap="cividis", alpha=0.65, vmin=0)
+    figure.colorbar(grid, ax=panels[1], label="share of the attention", shrink=0.8)
+    figure.suptitle(title, fontsize=13)
     return figure

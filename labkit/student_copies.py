@@ -1,7 +1,7 @@
 """Students' copies of the notebooks: stubs instead of solutions, outputs cleared, never overwritten.
 
 A solution stands between lines that hold `### BEGIN SOLUTION` and `### END SOLUTION`, as nbgrader has it (nbgrader.preprocessors.ClearSolutions),
-so nbgrader can release the same source; a test holds its copy and ours together.
+so nbgrader can release the same source; a test holds its copy and ours together. What nbgrader takes out besides, we take out, too.
 """
 
 from __future__ import annotations
@@ -16,31 +16,38 @@ from labkit.notebooks import list_notebooks
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 CODE_STUB = ("# YOUR CODE HERE", "raise NotImplementedError()")
 TEXT_STUB = ("YOUR ANSWER HERE",)
+_GRADERS_ONLY = ("HIDDEN TESTS", "MARK SCHEME")
 
 
 def without_solutions(notebook):
     """The student's version of a notebook (nbformat node), changed in place and returned.
 
     Every solution region becomes a stub with the region's indentation, outputs and execution counts go, and cells that nbgrader counts
-    on can be neither deleted nor, where they are locked, edited.   Raises UserError, naming the cell, for a region without its other end.
+    on can be neither deleted nor, where they ask for no solution, edited.   Raises UserError, naming the cell, for a region without its other end.
     """
     for number, cell in enumerate(notebook.cells, start=1):
-        cell.source = _stubbed(cell.source, CODE_STUB if cell.cell_type == "code" else TEXT_STUB, number)
+        graded, stub = cell.metadata.get("nbgrader", {}), CODE_STUB if cell.cell_type == "code" else TEXT_STUB
+        source = _replaced(cell.source, "SOLUTION", stub, number)
+        if graded.get("solution") and source == cell.source:
+            source = "\n".join(stub)  # without a region all of it is the solution
+        for name in _GRADERS_ONLY:
+            source = _replaced(source, name, (), number)
+        cell.source = source
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-        graded = cell.metadata.get("nbgrader", {})
         if graded.get("solution") or graded.get("grade") or graded.get("locked"):
             cell.metadata["deletable"] = False
-        if graded.get("locked"):
-            cell.metadata["editable"] = False
+            if not graded.get("solution"):
+                cell.metadata["editable"] = False
     return notebook
 
 
-def _stubbed(source, stub, number):
+def _replaced(source, name, stub, number):
+    """`source` with every region called `name` replaced by the lines of `stub` at its indentation."""
     kept, inside = [], False
     for line in source.split("\n"):
-        if line.strip() in (BEGIN, END):
-            if inside == (line.strip() == BEGIN):
+        if f"BEGIN {name}" in line or f"END {name}" in line:
+            if inside == (f"BEGIN {name}" in line):
                 raise UserError(f"cell {number}: `{line.strip()}` without its other end; put the missing line in.")
             inside = not inside
             if inside:
@@ -49,7 +56,7 @@ def _stubbed(source, stub, number):
         elif not inside:
             kept.append(line)
     if inside:
-        raise UserError(f"cell {number}: `{BEGIN}` without `{END}`; put the missing line in.")
+        raise UserError(f"cell {number}: `BEGIN {name}` without `END {name}`; put the missing line in.")
     return "\n".join(kept)
 
 
@@ -77,8 +84,10 @@ def make_student_copies(source: Path, target: Path) -> list[Path]:
 def reset_student_copy(source_path: Path, target: Path) -> tuple[Path, Path | None]:
     """Make the copy of `source_path` in the folder `target` afresh. Returns it, and where the student's version lies (None without one)."""
     copy, kept = target / source_path.name, None
+    fresh = copy.with_suffix(".fresh")
+    student_copy(source_path, fresh)
     if copy.exists():
         kept = copy.with_name(f"{copy.stem}.{datetime.now():%Y-%m-%d_%H%M%S_%f}.ipynb")
         copy.rename(kept)
-    student_copy(source_path, copy)
+    os.replace(fresh, copy)
     return copy, kept

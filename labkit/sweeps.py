@@ -1,6 +1,7 @@
 """Stored experiments: run every point of one over several processes, keep it with its provenance, read it back.
 
-What an experiment measures is in labkit/experiments/, one file each, with `ABOUT`, `points()` and `run(point)`.
+What an experiment measures is in labkit/experiments/, one file each, with `ABOUT`, `points()`, `run(point)` and, where the points share
+something that is made first, `prepare()`.
 """
 
 from __future__ import annotations
@@ -123,14 +124,17 @@ def run_sweep(name: str, processes: int = 2, folder: Path = STORED, progress: bo
     """
     from tqdm.auto import tqdm
 
-    points = experiment(name).points()
-    log = UNFINISHED / f"{name}-{_identity(points)}.jsonl"
+    module = experiment(name)
+    points = module.points()
+    log = UNFINISHED / f"{name}-{_identity(module, points)}.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
     done = _finished(log)
     missing = [point for point in points if _key(point) not in done]
+    if missing:
+        getattr(module, "prepare", lambda: None)()
     with tqdm(total=len(points), initial=len(points) - len(missing), desc=name, unit="point", disable=not progress) as bar:
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_prepare) as pool:
-            waiting = {pool.submit(_run_point, name, point): point for point in missing}
+            waiting = {pool.submit(module.run, point): point for point in missing}
             try:
                 for future in as_completed(waiting):
                     point = waiting[future]
@@ -143,7 +147,9 @@ def run_sweep(name: str, processes: int = 2, folder: Path = STORED, progress: bo
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-    return _store(name, [{**point, **done[_key(point)]} for point in points], Path(folder))
+    path = _store(name, [{**point, **done[_key(point)]} for point in points], Path(folder))
+    log.unlink(missing_ok=True)
+    return path
 
 
 def provenance(name: str) -> dict:
@@ -155,9 +161,13 @@ def provenance(name: str) -> dict:
         "command": f"python3 -m labkit sweep {name}",
         "date": date.today().isoformat(),
         "freeze": freeze_hash(),
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in _VERSIONS}},
+        "versions": _versions(),
         "machine": f"{platform.system()} {platform.machine()}, one thread a point",
     }
+
+
+def _versions():
+    return {"python": platform.python_version(), **{package: version(package) for package in _VERSIONS}}
 
 
 def _prepare():
@@ -176,19 +186,16 @@ def _end_with_parent():
     os._exit(1)
 
 
-def _run_point(name, point):
-    return experiment(name).run(point)
-
-
 def _key(point):
     return json.dumps(point, sort_keys=True)
 
 
-def _identity(points):
-    """Changes with the grid and with whatever the freeze covers, so that an old log is never mistaken for this one's."""
+def _identity(module, points):
+    """Changes with the grid, the experiment's code, the versions and what the freeze covers: only results of the same kind share a log."""
     from labkit.freeze import freeze_hash
 
-    return hashlib.sha256((freeze_hash() + "".join(map(_key, points))).encode()).hexdigest()[:8]
+    parts = [freeze_hash(), json.dumps(_versions()), Path(module.__file__).read_text(encoding="utf-8"), *map(_key, points)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:8]
 
 
 def _finished(log):

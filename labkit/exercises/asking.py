@@ -29,10 +29,11 @@ def answer(entry, case: Case):
         try:
             return _answer(entry, case, arguments)
         except (Exception, SystemExit) as error:
-            return Raised(type(error).__name__, _message(error), student_line(error))
+            return Raised(type(error).__name__, message_of(error), student_line(error))
 
 
-def _message(error):
+def message_of(error) -> str:
+    """The exception's words, at most 300 characters."""
     try:
         return str(error)[:_LONGEST_MESSAGE]
     except Exception:  # the exception may be the student's own
@@ -105,4 +106,5 @@ def student_line(error: BaseException) -> int:
 
 
 def _is_a_cell(filename):
-    return filename.startswith("<") or "ipykernel_" in filename
+    # <frozen ...> and <string> are Python's own: exit(), a dataclass's __init__.
+    return "ipykernel_" in filename or filename.startswith("<") and not filename.startswith(("<frozen", "<string"))

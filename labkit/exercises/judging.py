@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +49,9 @@ def check(entry, exercise: str | None = None) -> int:
     exercise: its id; by default the one whose `entry` has the name of this function.   The number is what nbgrader reads.
     Raises ValueError if no exercise asks for it.
     """
-    verdict = judge(_named(entry, exercise), lambda case: answer(entry, case))
+    # nbgrader takes whatever a check cell writes to standard error, a warning of torch's included, as a failure.
+    with redirect_stderr(sys.stdout):
+        verdict = judge(_named(entry, exercise), lambda case: answer(entry, case))
     print(verdict)
     return verdict.earned
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import permutations, product
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
 from labkit.actions import bins_to_action, small_action
+from labkit.batches import IGNORED
 from labkit.demonstrations import Samples, read, samples
 from labkit.instructions import COLOURS, FRAMES, SHAPE_NOUNS, SHAPES, Command, say, sentences, words
 from labkit.paths import DATA
@@ -16,6 +19,7 @@ from labkit.rollouts import lock_step, rollout
 from labkit.sft import fine_tune
 from labkit.tabletop import Tabletop
 from labkit.tabletop.experts import next_waypoint
+from labkit.tabletop.tasks import is_done
 
 ABOUT = ("new words: the embeddings of all words are drawn afresh and learned again on `pick`, from one phrasing or from many; numbers: `stack` "
          "learned with a number in place of the sentence; two commands: question 3 of the lecture, success by colour of object and container; "
@@ -38,6 +42,11 @@ def points() -> list[dict]:
     ]
 
 
+def prepare() -> None:
+    """Make the scenes of `pick_samples` before several processes ask for them."""
+    pick_scenes()
+
+
 def run(point: dict) -> dict:
     """One of the four experiments, once."""
     part, seed = point["part"], point["seed"]
@@ -50,15 +59,34 @@ def run(point: dict) -> dict:
     return place(load_policy(point["start"], device="cpu"), seed)
 
 
-class Rephrased:
-    """A policy that hears `rephrase(instruction)` in place of every instruction; decides as `Policy.decide` does."""
+class Through:
+    """A policy that sees `see(rgb)` and hears `hear(instruction)` in place of what is there; decides as `Policy.decide` does."""
 
-    def __init__(self, policy, rephrase):
-        self.policy, self.rephrase = policy, rephrase
+    def __init__(self, policy, see=lambda rgb: rgb, hear=lambda text: text):
+        self.policy, self.see, self.hear = policy, see, hear
 
     def decide(self, observations):
         """observations: as for `Policy.decide`.   Returns its `Decision`."""
-        return self.policy.decide(observations, [self.rephrase(o["instruction"]) for o in observations])
+        seen = [{**o, "rgb": self.see(o["rgb"])} for o in observations]
+        return self.policy.decide(seen, [self.hear(o["instruction"]) for o in observations])
+
+
+def faded(rgb: np.ndarray, colour: float = 0.0) -> np.ndarray:
+    """The picture with everything coloured mixed with grey of the same brightness.   rgb: (H, W, 3) uint8.   colour: 1 leaves it, 0 is grey."""
+    grey = rgb.mean(-1, keepdims=True)
+    return np.where(_coloured(rgb), grey + colour * (rgb - grey), rgb).astype(np.uint8)
+
+
+def red_for_green(rgb: np.ndarray) -> np.ndarray:
+    """The picture with red things green and green things red.   rgb: (H, W, 3) uint8."""
+    red, green, blue = np.moveaxis(rgb.astype(int), -1, 0)
+    either = (np.abs(red - green) > np.maximum(red, green) / 2) & (blue < np.maximum(red, green) / 2)
+    return np.where(either[..., None], rgb[..., [1, 0, 2]], rgb)
+
+
+def _coloured(rgb):
+    brightest, darkest = rgb.max(-1, keepdims=True).astype(int), rgb.min(-1, keepdims=True).astype(int)
+    return brightest - darkest > brightest * 0.4
 
 
 def new_words(phrasings: str, seed: int) -> dict:
@@ -69,7 +97,7 @@ def new_words(phrasings: str, seed: int) -> dict:
 
     def measure(step, policy, history):
         if step + 1 in WORD_STEPS:
-            found["same"][str(step + 1)] = _count(Rephrased(policy, plainly), "pick")
+            found["same"][str(step + 1)] = _count(Through(policy, hear=plainly), "pick")
             found["usual"][str(step + 1)] = _count(policy, "pick")
             found["held_out"][str(step + 1)] = _count(policy, "pick", held_out_phrasing=True)
 
@@ -96,10 +124,9 @@ def plainly(sentence: str) -> str:
 
 def pick_samples(phrasings: str, seed: int) -> Samples:
     """What an expert does first in 2,000 scenes for each of the three objects, said plainly ("one") or in many ways ("many")."""
-    # Scenes are labelled as in pretraining, which no lesson imports: this is its data, not its loop.
-    from labkit.pretrain import Recipe, command_catalogue, labelled_scenes
+    from labkit.pretrain import command_catalogue
 
-    images, rows = labelled_scenes(Recipe(scenes=PICK_SCENES, seed=1), DATA / ".cache" / "pretrain", workers=1)
+    images, rows = pick_scenes()
     catalogue = command_catalogue()
     rows = np.array([row for row in rows if row[1] == 0 and catalogue[row[2]].task == "pick"])
     rng = np.random.default_rng([seed, 23])
@@ -109,6 +136,13 @@ def pick_samples(phrasings: str, seed: int) -> Samples:
         return plainly(sentences(catalogue[row[2]])[0]) if phrasings == "one" else say(catalogue[row[2]], rng, unique_colours=unique)
 
     return Samples([said(row) for row in rows], images[rows[:, 0]], np.zeros(len(rows), bool), bins_to_action(rows[:, 4:]))
+
+
+def pick_scenes():
+    """Images and rows of 2,000 scenes labelled as in pretraining: its data, not its loop; made once, then read."""
+    from labkit.pretrain import Recipe, labelled_scenes
+
+    return labelled_scenes(Recipe(scenes=PICK_SCENES, seed=1), DATA / ".cache" / "pretrain")
 
 
 def numbers(said: str, seed: int) -> dict:
@@ -125,7 +159,7 @@ def numbers(said: str, seed: int) -> dict:
 
     def measure(step, policy, history):
         if step + 1 in STEPS:
-            listener = Rephrased(policy, number.__getitem__) if said == "number" else policy
+            listener = Through(policy, hear=number.__getitem__) if said == "number" else policy
             success = rollout(listener, "stack", EPISODES, progress=False).success
             learned[str(step + 1)] = int(success.sum())
             seen[str(step + 1)], unseen[str(step + 1)] = int(success[was_known].sum()), int(success[~was_known].sum())
@@ -198,13 +232,58 @@ def demonstrated(kinds, count: int, seed: int, sentence) -> Samples:
 
 
 def colour_matrix(policy) -> list[list[int]]:
-    """Successes of `put`, told "move the A object to the B container": row A, column B, in the order of COLOURS, of TRIALS each."""
-    asked = [(a, b) for a in COLOURS for b in COLOURS]
-    episodes = [pair for a, b in asked
-                for pair in colour_scenes("put", a, b, f"move the {a} object to the {b} container", TRIALS, 6_000_000)]
+    """Successes of "move the A object to the B container": row A, column B, in the order of COLOURS, of TRIALS each."""
+    _, done, _ = try_colours(policy, "move the {a} object to the {b} container", TRIALS)
+    return np.reshape(done, (len(COLOURS), len(COLOURS), TRIALS)).sum(-1).tolist()
+
+
+def try_colours(policy, sentence: str, trials: int):
+    """Run `put` for every colour of object {a} and of container {b} in `sentence`, `trials` episodes each.
+
+    Returns the (object colour, container colour) asked for, success as a list of bool, and how often each `outcome` was seen.
+    """
+    asked = [pair for pair in product(COLOURS, COLOURS) for _ in range(trials)]
+    episodes = [episode for a, b in product(COLOURS, COLOURS)
+                for episode in colour_scenes("put", a, b, sentence.format(a=a, b=b), trials, 6_000_000)]
     environments, observations = zip(*episodes)
-    success, _, _ = lock_step(policy, list(environments), list(observations))
-    return success.reshape(len(COLOURS), len(COLOURS), TRIALS).sum(-1).tolist()
+    success, _, _ = lock_step(policy, environments, observations)
+    return asked, success.tolist(), dict(Counter(outcome(env) for env in environments).most_common())
+
+
+def outcome(env) -> str:
+    """What became of a `put`, in words: which of object and container was right at the end."""
+    wanted, scene = env.episode.command, env.episode.scene
+    placed = [(thing.name, tray.colour) for thing in scene.things for tray in scene.bins
+              if is_done(Command("put", thing.name, tray.colour), scene, env.start, env.state)]
+    if (wanted.object, wanted.destination) in placed:
+        return "done"
+    if not placed:
+        return "nothing in a container"
+    name, colour = placed[0]
+    return {(True, False): "wrong container", (False, True): "wrong object"}.get(
+        (name == wanted.object, colour == wanted.destination), "both wrong")
+
+
+def expert_action(env) -> np.ndarray:
+    """(4,) the noise-free expert's next waypoint in a reset environment: x, y, z in metres, grip."""
+    return small_action(next_waypoint(env.episode.command, env.episode.scene, env.start, env.state))
+
+
+def log_likelihood(logits, labels) -> torch.Tensor:
+    """(B,) log-likelihood of each row's supervised tokens, in nats.   logits: (B, T, V).   labels: (B, T), -100 where not supervised."""
+    return -cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none").sum(1)
+
+
+def success_matrix(objects, containers, done, colours) -> np.ndarray:
+    """(C, C) share of successes: row, colour of the object, column, colour of the container; nan where nothing was tried."""
+    tried = [[[d for a, b, d in zip(objects, containers, done) if (a, b) == (row, column)] for column in colours] for row in colours]
+    return np.array([[np.mean(cell) if cell else np.nan for cell in row] for row in tried])
+
+
+def attention_share(attention, positions, image, target) -> torch.Tensor:
+    """Of the attention from `positions` to the image, the share on the target.   attention: (H, T, T).   image, target: (T,) bool."""
+    onto_image = attention[:, positions] * image
+    return ((onto_image * target).sum(-1) / onto_image.sum(-1)).mean()
 
 
 def place(policy, seed: int) -> dict:

@@ -75,23 +75,21 @@ class Worker:
     def run(self, name: str, source: str, withheld=(), seconds: float = Limits.cell_seconds) -> Raised | None:
         """Run one cell.   withheld: modules it may not import.   Returns what it raised, or None."""
         reply = self._exchange({"do": "run", "name": name, "source": source, "withheld": list(withheld)}, seconds)
-        return _raised(reply["raised"]) if reply.get("raised") else None
+        return _raised(reply)
 
-    def ask(self, entry: str, case: Case):
+    def ask(self, entry: str, case: Case, withheld=()):
         """The answer of the function or class called `entry` to one case; a `Raised` where it raised or is not there."""
         asked = {name: getattr(case, name) for name in _ASKED} | {"says": "", "must": ""}
-        reply = self._exchange({"do": "ask", "entry": entry, "case": asked}, self.limits.case_seconds)
+        reply = self._exchange({"do": "ask", "entry": entry, "case": asked, "withheld": list(withheld)}, self.limits.case_seconds)
         if "missing" in reply:
             return Raised("NameError", f"the cell defines no function or class called {entry}")
-        return _raised(reply["raised"]) if reply.get("raised") else reply.get("answer")
+        return _raised(reply) or reply.get("answer")
 
     def _exchange(self, message, seconds):
         if self.lost:
             raise WorkerLost(self.lost)
-        try:
-            wire.send(self.process.stdin, message)
-        except OSError:
-            self._give_up("the process ended")
+        # In a thread of its own: a worker that reads nothing must not hold up the limits.
+        threading.Thread(target=self._write, args=(wire.encode(message),), daemon=True).start()
         until, reply = time.monotonic() + seconds, None
         while reply is None:
             try:
@@ -127,11 +125,18 @@ class Worker:
                 pass
         self.process.wait()
 
+    def _write(self, message):
+        try:
+            self.process.stdin.write(message)
+            self.process.stdin.flush()
+        except (OSError, ValueError):
+            pass  # the process has ended, as `_listen` says
+
     def _listen(self):
         while True:
             try:
                 self.replies.put(wire.receive(self.process.stdout))
-            except (EOFError, OSError, ValueError) as error:  # a WireError is a ValueError
+            except Exception as error:  # whatever it is: a thread that ends without a word leaves the other side waiting
                 self.replies.put(error)
                 return
 
@@ -160,11 +165,14 @@ def resident_mib(pid: int) -> float:
     return total / 2**20
 
 
-def _raised(fields_of_it):
-    names = {field.name for field in fields(Raised)}
-    if not isinstance(fields_of_it, dict) or set(fields_of_it) != names:
+def _raised(reply):
+    """What the reply says was raised, or None."""
+    found = reply.get("raised")
+    if found is None:
+        return None
+    if not isinstance(found, dict) or set(found) != {field.name for field in fields(Raised)} or not isinstance(found["line"], int):
         return Raised("Unusable", "the worker's answer is none")
-    return Raised(str(fields_of_it["kind"])[:100], str(fields_of_it["message"])[:300], int(fields_of_it["line"]))
+    return Raised(str(found["kind"])[:100], str(found["message"])[:300], found["line"])
 
 
 def examine(cells: Cells, exercises: list[Exercise], secret: str = PUBLIC, hidden: bool = False, limits: Limits = Limits(),
@@ -177,6 +185,11 @@ def examine(cells: Cells, exercises: list[Exercise], secret: str = PUBLIC, hidde
     verdicts: dict[str, Verdict] = {}
     problems = {exercise.id: cells.problems[exercise.id] for exercise in exercises if exercise.id in cells.problems}
     while missing := [exercise for exercise in exercises if exercise.id not in verdicts]:
+        if all(exercise.id in problems for exercise in missing):  # nothing is left to run
+            for exercise in missing:
+                verdicts[exercise.id] = _unanswered(exercise, problems[exercise.id])
+                on_exercise()
+            break
         with Worker(limits) as worker:
             raised = _run_cells(worker, cells, exercises, problems)
             if raised is None:
@@ -203,7 +216,7 @@ def _run_cells(worker, cells, exercises, problems):
     for exercise in exercises:
         if exercise.id in problems:
             continue
-        found = _run(worker, exercise.id, cells.exercises[exercise.id], exercise.withheld, worker.limits.cell_seconds)
+        found = _run(worker, exercise.id, cells.exercises[exercise.id], _withheld(exercise), worker.limits.cell_seconds)
         if worker.lost:
             problems[exercise.id] = f"Its cell was stopped: {worker.lost}."
             return None
@@ -220,12 +233,16 @@ def _run(worker, name, source, withheld, seconds):
         return None
 
 
+def _withheld(exercise):
+    return (*exercise.withheld, type(exercise).__module__)  # the lesson's own module holds the right answers
+
+
 def _asker(worker, exercise):
     """case -> answer; once the worker is lost, every further case is answered by the reason."""
 
     def ask(case):
         try:
-            return worker.ask(exercise.entry, case)
+            return worker.ask(exercise.entry, case, _withheld(exercise))
         except WorkerLost as lost:
             return Raised("Unusable", f"`{exercise.entry}` was stopped: {lost}")
 

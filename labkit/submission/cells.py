@@ -33,15 +33,18 @@ class Cells:
 def read_notebook(path: Path) -> dict:
     """The notebook as a dict.   Raises UserError, one sentence, for a file that is none."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: name the notebook as it is called in the file list.")
-    if path.stat().st_size > MAX_NOTEBOOK:
-        raise UserError(f"{path} has {path.stat().st_size / 2**20:.0f} MiB, at most {MAX_NOTEBOOK // 2**20} are read: clear its outputs and save it.")
     try:
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: name the notebook as it is called in the file list.")
+        if path.stat().st_size > MAX_NOTEBOOK:
+            raise UserError(f"{path} has {path.stat().st_size / 2**20:.0f} MiB, at most {MAX_NOTEBOOK // 2**20} are read: "
+                            "clear its outputs and save it.")
         notebook = json.loads(path.read_text(encoding="utf-8-sig"))
         cells = notebook["cells"]
         if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
             raise TypeError("its cells are no list of cells")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its name and who may read it.") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is no notebook ({type(error).__name__}: {str(error)[:100]}): save it again, or start from a fresh copy.") from None
     return notebook
@@ -50,7 +53,7 @@ def read_notebook(path: Path) -> dict:
 def cells_of(notebook: dict, exercise_ids) -> Cells:
     """Find what is run.   exercise_ids: those that the assignment asks for.   Missing and repeated cells become problems, not errors."""
     code = [cell for cell in notebook["cells"] if cell.get("cell_type") == "code"]
-    setups = [source_of(cell) for cell in code if SETUP_TAG in (_metadata(cell).get("tags") or ())]
+    setups = [source_of(cell) for cell in code if SETUP_TAG in _tags(cell)]
     exercises, problems = {}, {}
     for cell in code:
         id = grade_id(cell)
@@ -85,6 +88,11 @@ def source_of(cell: dict) -> str:
     source = cell.get("source", "")
     text = "".join(map(str, source)) if isinstance(source, list) else str(source)
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _tags(cell):
+    tags = _metadata(cell).get("tags")
+    return tags if isinstance(tags, list) else []
 
 
 def _metadata(cell):

@@ -71,9 +71,12 @@ def _namespace_of_the_kernel():
 
 def _was_changed(entry, source):
     """Whether the function or class that the kernel holds has another text than the saved cell."""
-    if entry is None:
-        return False
+    parts = [part for part in vars(entry).values() if inspect.isfunction(part)] if inspect.isclass(entry) else [entry]
+    return any(_text_of(part) not in source for part in parts)
+
+
+def _text_of(function):
     try:
-        return inspect.getsource(entry).strip() not in source
+        return inspect.getsource(function).strip()
     except (TypeError, OSError):
-        return False
+        return ""

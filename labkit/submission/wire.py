@@ -13,14 +13,18 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 MAX_JSON = 4 * 2**20
 MAX_TENSORS = 64 * 2**20
 MAX_ITEMS = 100_000
 _MAX_DEPTH = 16
+_MAX_BITS = 8192
 _HEADER = struct.Struct(">QQ")
+_DTYPES = {
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64,
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64,
+}  # fmt: skip
 # A value that JSON has no word for is an object with one of these keys.
 _TENSOR, _ARRAY, _TUPLE, _DICT, _FLOAT = "tensor", "array", "tuple", "dict", "float"
 
@@ -54,7 +58,7 @@ def decode(message: bytes):
         return _from_json(json.loads(body[:text_length]), tensors, 0)
     except WireError:
         raise
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except Exception as error:  # what a stranger's bytes make safetensors, torch and json raise is no closed list
         raise WireError(f"not a message: {type(error).__name__}: {str(error)[:200]}") from None
 
 
@@ -93,6 +97,8 @@ def _exactly(stream, count):
 def _to_json(value, tensors, where, depth):
     if depth > _MAX_DEPTH:
         raise WireError(f"{where} is nested more than {_MAX_DEPTH} deep")
+    if type(value) is int and value.bit_length() > _MAX_BITS:
+        raise WireError(f"{where} is a number of {value.bit_length():,} bits; at most {_MAX_BITS:,} are sent")
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:
@@ -119,18 +125,30 @@ def _counted(value, where):
 
 
 def _keep(tensor, tensors, where):
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-        raise WireError(f"{where} is a tensor without plain values")
+    shapeless = isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin)
+    if shapeless or tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.dtype not in _DTYPES:
+        raise WireError(f"{where} is a tensor without plain values, or of an unusual kind ({tensor.dtype})")
     name = str(len(tensors))
-    # A copy of its own: safetensors refuses tensors that share memory, and subclasses stay behind.
-    tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach().cpu().resolve_conj().resolve_neg())
+    _fits(tensor.numel() * tensor.element_size(), where)
+    try:
+        # A copy of its own: safetensors refuses tensors that share memory, and subclasses stay behind.
+        tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach().cpu().resolve_conj().resolve_neg())
+    except RuntimeError:  # a tensor inside torch.func, say
+        raise WireError(f"{where} is a tensor without plain values") from None
     return name
 
 
+def _fits(size, where):
+    """Before anything is copied: a view may be larger than the memory it shows."""
+    if size > MAX_TENSORS:
+        raise WireError(f"{where} has {size:,} bytes; at most {MAX_TENSORS:,} are sent")
+
+
 def _tensor_of(array, where):
+    _fits(array.nbytes, where)
     try:
         return torch.from_numpy(np.ascontiguousarray(array).copy()).reshape(np.shape(array))
-    except TypeError:
+    except (TypeError, ValueError):
         raise WireError(f"{where} is an array of {array.dtype}") from None
 
 

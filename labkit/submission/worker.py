@@ -3,7 +3,7 @@
 Started by `labkit.submission.apart`; speaks the wire on what were its standard input and output. Messages it understands, and its replies:
 
     {"do": "run", "name", "source", "withheld"}    {"raised": None} or {"raised": {kind, message, line}}
-    {"do": "ask", "entry", "case"}                 {"answer": value}, {"raised": {...}} or {"missing": entry}
+    {"do": "ask", "entry", "case", "withheld"}     {"answer": value}, {"raised": {...}} or {"missing": entry}
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import builtins
 import importlib.abc
 import linecache
 import os
+import re
 import sys
 import types
+from contextlib import contextmanager
 from dataclasses import asdict
 
-import labkit
-from labkit.exercises.asking import answer, student_line
+from labkit.exercises.asking import answer, message_of, student_line
 from labkit.exercises.exercise import Case, Raised
 from labkit.submission import wire
 
-_ONLY_IN_NOTEBOOKS = ("%", "!", "?")
+# %time and !ls, and a name with question marks before or after it.
+_ONLY_IN_NOTEBOOKS = re.compile(r"\s*([%!].*|\?{1,2}[\w.*]+|[\w.*]+\?{1,2})\s*")
 
 
 class Withheld(importlib.abc.MetaPathFinder):
@@ -37,39 +39,53 @@ class Withheld(importlib.abc.MetaPathFinder):
 
 
 def without_magics(source: str) -> str:
-    """Python's part of a cell: lines that only a notebook understands (%time, !ls, name?) become empty, so that line numbers stay."""
+    """Python's part of a cell: lines that only a notebook understands (%time, !ls, name?) become `pass`, so that line numbers stay."""
     try:
-        compile(source, "cell", "exec")
+        compile(source, "cell", "exec", dont_inherit=True)
         return source
     except SyntaxError:
         lines = source.split("\n")
-        kept = ["" if line.lstrip().startswith(_ONLY_IN_NOTEBOOKS) or line.rstrip().endswith("?") else line for line in lines]
-        return "\n".join(kept)
+        return "\n".join(line[: len(line) - len(line.lstrip())] + "pass" if _ONLY_IN_NOTEBOOKS.fullmatch(line) else line for line in lines)
 
 
 def run_cell(name: str, source: str, namespace: dict) -> Raised | None:
     """Run one cell as a notebook would; what it raised, or None. A cell may use display() and notebook magics; neither does anything."""
-    source = without_magics(source)
     filename = f"<{name}>"
-    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)  # for inspect.getsource
     try:
-        exec(compile(source, filename, "exec"), namespace)
+        source = without_magics(source)
+        linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)  # for inspect.getsource
+        # dont_inherit: the cell has no `from __future__ import annotations` because this file has one.
+        exec(compile(source, filename, "exec", dont_inherit=True), namespace)
     except SyntaxError as error:
         return Raised("SyntaxError", error.msg or "", error.lineno or 0)
     except (Exception, SystemExit) as error:
-        return Raised(type(error).__name__, str(error)[:300], student_line(error))
+        return Raised(type(error).__name__, message_of(error), student_line(error))
     return None
 
 
-def hide(modules, namespace):
-    """Make `modules` unavailable to the cells that follow."""
-    sys.meta_path[:] = [Withheld(modules), *(finder for finder in sys.meta_path if not isinstance(finder, Withheld))]
-    for name in [name for name in sys.modules if _is_among(name, modules)]:
-        sys.modules.pop(name)
-        parent, _, child = name.rpartition(".")
-        vars(sys.modules.get(parent, types.SimpleNamespace())).pop(child, None)
-    for name in [name for name, value in vars(labkit).items() if _is_among(getattr(value, "__module__", None) or "", modules)]:
-        delattr(labkit, name)  # the package's face keeps what it has looked up
+@contextmanager
+def withholding(modules, namespace):
+    """Make `modules`, and what other cells imported from them, unavailable inside: while a cell runs, and while its function is asked."""
+    finder, hidden = Withheld(modules), []
+    places = [sys.modules, namespace, *(vars(sys.modules[name.rpartition(".")[0]]) for name in modules if name.rpartition(".")[0] in sys.modules)]
+    for place in places:
+        found = {name: value for name, value in place.items() if _comes_from(value, modules)}
+        for name in found:
+            del place[name]
+        hidden.append((place, found))
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path[:] = [other for other in sys.meta_path if other is not finder]
+        for place, found in hidden:
+            for name, value in found.items():
+                place.setdefault(name, value)
+
+
+def _comes_from(value, modules):
+    name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+    return isinstance(name, str) and _is_among(name, modules)
 
 
 def _is_among(name, modules):
@@ -78,15 +94,15 @@ def _is_among(name, modules):
 
 def reply(message: dict, namespace: dict) -> dict:
     """The answer to one message."""
-    if message["do"] == "run":
-        hide(message["withheld"], namespace)
-        raised = run_cell(message["name"], message["source"], namespace)
-        return {"raised": asdict(raised) if raised else None}
-    entry = namespace.get(message["entry"])
-    if not callable(entry):
-        return {"missing": message["entry"]}
-    given = answer(entry, Case(**message["case"]))
-    return {"raised": asdict(given)} if isinstance(given, Raised) else {"answer": given}
+    with withholding(message["withheld"], namespace):
+        if message["do"] == "run":
+            raised = run_cell(message["name"], message["source"], namespace)
+            return {"raised": asdict(raised) if raised else None}
+        entry = namespace.get(message["entry"])
+        if not callable(entry):
+            return {"missing": message["entry"]}
+        given = answer(entry, Case(**message["case"]))
+        return {"raised": asdict(given)} if isinstance(given, Raised) else {"answer": given}
 
 
 def serve(requests, replies):
