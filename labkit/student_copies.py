@@ -6,6 +6,7 @@ so nbgrader can release the same source; a test holds its copy and ours together
 
 from __future__ import annotations
 
+import json
 import os
 from datetime import datetime
 from pathlib import Path
@@ -20,25 +21,26 @@ _GRADERS_ONLY = ("HIDDEN TESTS", "MARK SCHEME")
 
 
 def without_solutions(notebook):
-    """The student's version of a notebook (nbformat node), changed in place and returned.
+    """The student's version of a notebook (a dict as in the file, or an nbformat node), changed in place and returned.
 
     Every solution region becomes a stub with the region's indentation, outputs and execution counts go, and cells that nbgrader counts
     on can be neither deleted nor, where they ask for no solution, edited.   Raises UserError, naming the cell, for a region without its other end.
     """
-    for number, cell in enumerate(notebook.cells, start=1):
-        graded, stub = cell.metadata.get("nbgrader", {}), CODE_STUB if cell.cell_type == "code" else TEXT_STUB
-        source = _replaced(cell.source, "SOLUTION", stub, number)
-        if graded.get("solution") and source == cell.source:
+    for number, cell in enumerate(notebook["cells"], start=1):
+        graded, stub = cell["metadata"].get("nbgrader", {}), CODE_STUB if cell["cell_type"] == "code" else TEXT_STUB
+        text = "".join(cell["source"])  # a list of lines in the file
+        source = _replaced(text, "SOLUTION", stub, number)
+        if graded.get("solution") and source == text:
             source = "\n".join(stub)  # without a region all of it is the solution
         for name in _GRADERS_ONLY:
             source = _replaced(source, name, (), number)
-        cell.source = source
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
+        cell["source"] = source
+        if cell["cell_type"] == "code":
+            cell["outputs"], cell["execution_count"] = [], None
         if graded.get("solution") or graded.get("grade") or graded.get("locked"):
-            cell.metadata["deletable"] = False
+            cell["metadata"]["deletable"] = False
             if not graded.get("solution"):
-                cell.metadata["editable"] = False
+                cell["metadata"]["editable"] = False
     return notebook
 
 
@@ -62,12 +64,11 @@ def _replaced(source, name, stub, number):
 
 def student_copy(source_path: Path, target_path: Path) -> None:
     """Write the student's version of the notebook at `source_path` to `target_path`."""
-    import nbformat
-
     target_path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target_path.with_suffix(".unfinished")
     try:
-        nbformat.write(without_solutions(nbformat.read(source_path, as_version=4)), unfinished)
+        notebook = without_solutions(json.loads(source_path.read_text(encoding="utf-8")))
+        unfinished.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except UserError as error:
         raise UserError(f"{source_path}, {error}") from None
     os.replace(unfinished, target_path)  # whatever interrupts, a student never meets half a notebook

@@ -26,6 +26,23 @@ SECRETS = ["a secret", "another", "2026 autumn", "", "ünïcode"]
 
 # Mutants that compute the same. Exercise id -> what was changed -> why that changes no result.
 EQUIVALENT = {
+    "instruct-log-likelihood": {
+        "supervised = targets != -100 -> supervised = targets > -100": "tokens are numbered from 0, so no label lies below -100",
+        "log_p = torch.log_softmax(logits[:, :-1], dim=-1) -> log_p = torch.log_softmax(logits, dim=-1)": "gather leaves the last place out",
+        "log_p = torch.log_softmax(logits[:, :-1], dim=-1) -> log_p = torch.log_softmax(logits[:,], dim=-1)": "gather leaves the last place out",
+        "log_p = torch.log_softmax(logits[:, :-1], dim=-1) -> log_p = torch.log_softmax(logits[:, :], dim=-1)": "gather leaves the last place out",
+        "return (chosen * supervised).sum(dim=1) -> return (chosen * supervised).sum(dim=-1)": "dimension 1 of two is the last one",
+    },
+    "instruct-error-matrix": {
+        "successes, trials = torch.zeros(2, len(colours), len(colours)) -> trials, successes = torch.zeros(2, len(colours), len(colours))":
+            "both begin as the same zeros",
+        "successes, trials = torch.zeros(2, len(colours), len(colours)) -> successes, trials = -torch.zeros(2, len(colours), len(colours))":
+            "minus zero is zero",
+        "successes[place] += float(success) -> successes[place] += success": "torch adds a boolean as 0 or 1",
+    },
+    "instruct-attention-share": {
+        "rows = attention[:, positions] -> rows = -attention[:, positions]": "the sign cancels in the quotient",
+    },
     "sft-masked-loss": {
         "supervised = targets != -100 -> supervised = targets > -100": "tokens are numbered from 0, so no label lies below -100",
         "chosen = log_probability[supervised].gather(-1, targets[supervised].unsqueeze(-1)) -> "

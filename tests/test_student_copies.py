@@ -4,6 +4,7 @@ The judge is nbgrader itself: its `generate_assignment` and its `validate` run a
 """
 
 import re
+import os
 import subprocess
 import sys
 
@@ -88,7 +89,10 @@ def assignment(folder, notebooks):
 
 
 def nbgrader(folder, *arguments):
-    finished = subprocess.run([sys.executable, "-m", "nbgrader", *arguments], cwd=folder, env=course_environment(), capture_output=True, text=True)
+    environment = course_environment()
+    # nbgrader starts `alembic` by its name, and .venv need not be on the path.
+    environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), environment["PATH"]])
+    finished = subprocess.run([sys.executable, "-m", "nbgrader", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 

@@ -474,8 +474,8 @@ def test_a_stored_point_computed_again_lies_within_the_intervals_of_its_counts(n
     for kind, counts in found.items():
         episodes = stored.get({"success": "episodes"}.get(kind, f"{kind}_episodes"))
         if isinstance(counts, dict) and episodes:
-            for name, count in counts.items():
-                low, high = rollouts.wilson(stored[kind][name], episodes)
-                assert low <= count / episodes <= high, (kind, name, count, stored[kind][name])
+            for part, count in counts.items():
+                low, high = rollouts.wilson(stored[kind][part], episodes)
+                assert low <= count / episodes <= high, (kind, part, count, stored[kind][part])
     if "loss_curve" in stored:
         assert np.allclose(found["loss_curve"], stored["loss_curve"], rtol=0.1)

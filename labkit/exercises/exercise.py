@@ -82,6 +82,10 @@ class Exercise:
         """The right answer from another source than the solution: torch, autograd, peft, bitsandbytes, arithmetic. May be a `Raised`."""
         raise NotImplementedError
 
+    def relevant(self, given, case: Case):
+        """What of an answer is compared, where several answers are right (a random start, say); `expected` gives the same. Default: all."""
+        return given
+
     def drawn(self, secret: str = PUBLIC, hidden: bool = False) -> list[Case]:
         """The cases that belong to a secret: always the same for the same one."""
         digest = hashlib.sha256(f"{secret}/{self.id}".encode()).digest()

@@ -168,8 +168,8 @@ class ErrorMatrix(Exercise):
             colours = ["red", "green", "blue", "yellow", "purple"][:count]
             objects, containers = (rng.choice(colours, episodes).tolist() for _ in range(2))
             if count > 1:  # one combination is never asked, another one succeeds now and then
-                kept = [(a, b) for a, b in zip(objects, containers) if (a, b) != (colours[0], colours[-1])]
-                objects, containers = [a for a, _ in kept] + [colours[1]] * 3, [b for _, b in kept] + [colours[0]] * 3
+                containers = [colours[0] if (a, b) == (colours[0], colours[-1]) else b for a, b in zip(objects, containers)]
+                objects, containers = objects + [colours[1]] * 3, containers + [colours[0]] * 3
             done = (rng.random(len(objects)) < 0.6).tolist()
             done[-3:] = [True, True, False]
             yield Case(

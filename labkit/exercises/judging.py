@@ -79,7 +79,7 @@ def _named(entry, exercise):
 def judge(exercise: Exercise, ask: Callable[[Case], object], secret: str = PUBLIC, hidden: bool = False) -> Verdict:
     """Ask every case, one at a time, and judge the answers.   ask: case -> answer, in this process or in another one."""
     cases = exercise.drawn(secret, hidden)
-    answers = [ask(case) for case in cases]
+    answers = [_relevant(exercise, ask(case), case) for case in cases]
     expected = [exercise.expected(case) for case in cases]
     faults = [difference(given, right, exercise.close) for given, right in zip(answers, expected)]
     passed = faults.count("")
@@ -106,9 +106,16 @@ def judge(exercise: Exercise, ask: Callable[[Case], object], secret: str = PUBLI
 def recognise(exercise: Exercise, cases: list[Case], answers: list) -> str | None:
     """The misconception that gives all these answers, or None."""
     for sentence, mistake in exercise.misconceptions.items():
-        if all(not difference(given, answer(mistake, case), exercise.close) for case, given in zip(cases, answers)):
+        if all(not difference(given, _relevant(exercise, answer(mistake, case), case), exercise.close) for case, given in zip(cases, answers)):
             return sentence
     return None
+
+
+def _relevant(exercise, given, case):
+    try:
+        return given if isinstance(given, Raised) else exercise.relevant(given, case)
+    except (TypeError, KeyError, AttributeError):
+        return given  # not even of the form that is asked for, as the comparison will say
 
 
 def _said(sentence, case):
