@@ -3,8 +3,8 @@
 The judge is nbgrader itself: its `generate_assignment` and its `validate` run as real processes.
 """
 
-import re
 import os
+import re
 import subprocess
 import sys
 
