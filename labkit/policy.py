@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from labkit.actions import NAMES, bins_to_action, full_waypoint
+from labkit.adapters import adapters_of, holds_bottleneck, load_adapter, save_adapters
 from labkit.batches import PromptBuilder, action_token_ids
 from labkit.errors import UserError
 from labkit.paths import DATA
@@ -74,8 +75,11 @@ class Policy:
         return Policy(copy.deepcopy(self.model), self.processor, self.name)
 
     def save(self, folder):
-        """Write model (or, where one is attached, only its peft adapter) and processor to `folder`."""
-        self.model.save_pretrained(folder)
+        """Write model (or, where one is attached, only its adapter, peft's or ours) and processor to `folder`."""
+        if adapters_of(self.model):
+            save_adapters(self.model, folder)
+        else:
+            self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
     def to_model(self, value):
@@ -101,7 +105,7 @@ def load_policy(name: str | Path = "tiny", quantization: str | None = None, adap
     """Load a policy through the Auto classes.
 
     name: "tiny" (shipped; also "tiny-early" and "tiny-middle"), a folder written by `save_pretrained`, or a hub id.
-    quantization: None or "nf4" (bitsandbytes, with double quantisation).   adapter: folder of a peft adapter to attach.
+    quantization: None or "nf4" (bitsandbytes, with double quantisation).   adapter: folder of an adapter to attach, peft's or ours.
     device: default a GPU where there is one, else the CPU.   dtype: default float32.
     Raises UserError, in one sentence, for a missing folder, a checkpoint that does not fit, or an unreachable hub.
     """
@@ -162,6 +166,8 @@ def _attach(model, folder):
 
     if not (folder / "adapter_config.json").exists():
         raise UserError(f"{folder} holds no adapter: adapter_config.json is missing")
+    if holds_bottleneck(folder):
+        return load_adapter(model, folder)
     try:
         return PeftModel.from_pretrained(model, str(folder))
     except Exception as error:

@@ -26,6 +26,26 @@ SECRETS = ["a secret", "another", "2026 autumn", "", "ünïcode"]
 
 # Mutants that compute the same. Exercise id -> what was changed -> why that changes no result.
 EQUIVALENT = {
+    "lora-count": {
+        "return sum((rank * (outputs + inputs) for outputs, inputs in shapes)) -> "
+        "return sum((rank * (outputs + inputs) for inputs, outputs in shapes))":
+            "the two names are only added",
+    },
+    "lora-rank-needed": {
+        "energy = torch.linalg.svdvals(update) ** 2 -> energy = -torch.linalg.svdvals(update) ** 2": "the sign cancels in the quotient",
+        "kept = energy.cumsum(0) / energy.sum() -> kept = energy.cumsum(-1) / energy.sum()": "a vector's first dimension is its last",
+        "return int((kept < share).sum()) + 1 -> return (kept < share).sum() + 1": "a tensor of one number counts as that number",
+        "return int((kept < share).sum()) + 1 -> return int((kept <= share).sum()) + 1":
+            "rounding decides whether a share is met exactly: no case asks",
+    },
+    "qlora-levels": {
+        "quantiles = torch.special.ndtri(torch.cat([below, above[1:]])) -> quantiles = -torch.special.ndtri(torch.cat([below, above[1:]]))":
+            "the sign cancels in the division by the last",
+    },
+    "qlora-blocks": {
+        "codes = (blocks / scales.clamp(min=1e-38) - levels).abs().argmin(dim=-1) -> "
+        "codes = (levels - blocks / scales.clamp(min=1e-38)).abs().argmin(dim=-1)": "a distance has no sign",
+    },
     "instruct-log-likelihood": {
         "supervised = targets != -100 -> supervised = targets > -100": "tokens are numbered from 0, so no label lies below -100",
         "log_p = torch.log_softmax(logits[:, :-1], dim=-1) -> log_p = torch.log_softmax(logits, dim=-1)": "gather leaves the last place out",
@@ -154,6 +174,12 @@ def test_right_answers_earn_all_points_on_public_cases_and_on_those_of_any_secre
     entry = solution(asked)
     for found in [verdict(asked, entry), *(verdict(asked, entry, secret, hidden=True) for secret in SECRETS)]:
         assert (found.status, found.earned, found.passed) == (CORRECT, asked.points, found.total), found
+
+
+@every_exercise
+def test_rounding_costs_a_right_answer_no_point_under_any_of_many_secrets(asked):
+    entry = second_solution(asked)
+    assert {verdict(asked, entry, f"student {n}", hidden=True).status for n in range(30)} == {CORRECT}
 
 
 @every_exercise

@@ -461,6 +461,10 @@ def test_a_policy_that_hears_small_talk_decides_as_on_those_words(tiny_policy, o
 AGAIN = {
     "sft_loss_masking": {"task": "stack", "loss": "action tokens", "words": 0, "seed": 0},
     "instruction_tuning": {"part": "numbers", "said": "number", "seed": 0},
+    "adapters": {"method": "adapter", "placement": "layer", "bottleneck": 16, "init_std": 0.0, "learning_rate": 0.01, "use": "test", "seed": 0},
+    "lora": {"part": "rank", "rank": 16, "learning_rate": 1e-3, "task": "forward", "seed": 0},
+    "qlora": {"part": "learning", "task": "forward", "targets": "attention", "base": "nf4", "seed": 0},
+    "qlora_memory": {"model": "stories-15m", "method": "qlora"},
 }
 
 
@@ -477,5 +481,7 @@ def test_a_stored_point_computed_again_lies_within_the_intervals_of_its_counts(n
             for part, count in counts.items():
                 low, high = rollouts.wilson(stored[kind][part], episodes)
                 assert low <= count / episodes <= high, (kind, part, count, stored[kind][part])
+    for kind in ("measured", "calculated", "trainable"):
+        assert found.get(kind) == stored.get(kind)
     if "loss_curve" in stored:
         assert np.allclose(found["loss_curve"], stored["loss_curve"], rtol=0.1)

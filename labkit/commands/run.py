@@ -3,7 +3,7 @@
 from datetime import datetime
 from pathlib import Path
 
-from labkit.paths import NOTEBOOKS, RUNS
+from labkit.paths import NOTEBOOKS, ROOT, RUNS
 
 HELP = "execute the notebooks without a browser, and report minutes, memory and errors"
 
@@ -13,13 +13,14 @@ def add_arguments(parser):
     parser.add_argument("--folder", type=Path, default=NOTEBOOKS, help="where the notebooks lie (notebooks/; yours are in work/)")
     parser.add_argument("--out", type=Path, help="the folder for the results (runs/notebooks-DATE)")
     parser.add_argument("--timeout", type=int, default=1800, metavar="SECONDS", help="for one cell (1800)")
-    parser.add_argument("--inplace", action="store_true", help="write what succeeds back to where it lies, with minutes and memory")
+    parser.add_argument("--inplace", action="store_true", help="write what succeeds back to where it lies, and what it took into the README's table")
 
 
 def main(args):
     import os
     import shutil
 
+    from labkit.lesson_table import write_table
     from labkit.notebooks import execute_all, find_notebook, list_notebooks, markdown_table
     from labkit.processes import course_environment
 
@@ -32,5 +33,7 @@ def main(args):
         for path, execution in zip(paths, executions, strict=True):
             if execution.status == "ok":
                 shutil.copyfile(out / path.name, path)
+        if folder == NOTEBOOKS:
+            write_table(ROOT / "README.md", NOTEBOOKS)
     print(markdown_table(executions), f"results.csv, results.md and the executed notebooks are in {out}", sep="\n")
     return 0 if all(execution.status == "ok" for execution in executions) else 1
