@@ -33,7 +33,8 @@ def main(args):
         for path, execution in zip(paths, executions, strict=True):
             if execution.status == "ok":
                 shutil.copyfile(out / path.name, path)
-        if folder == NOTEBOOKS:
-            write_table(ROOT / "README.md", NOTEBOOKS)
     print(markdown_table(executions), f"results.csv, results.md and the executed notebooks are in {out}", sep="\n")
-    return 0 if all(execution.status == "ok" for execution in executions) else 1
+    succeeded = all(execution.status == "ok" for execution in executions)
+    if args.inplace and succeeded and folder == NOTEBOOKS:
+        write_table(ROOT / "README.md", NOTEBOOKS)
+    return 0 if succeeded else 1
