@@ -11,8 +11,11 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from queue import Empty
 
 from labkit.errors import UserError
+
+_LOOK_AGAIN = 2.0  # seconds
 
 
 def list_notebooks(folder: Path) -> list[Path]:
@@ -66,12 +69,17 @@ def execute(path: Path, out: Path, timeout: int, on_cell: Callable[[], None] = l
     def started(cell, cell_index):
         position["cell"] = cell_index + 1
 
+    async def ready(notebook):
+        for channel in (client.kc.shell_channel, client.kc.iopub_channel):
+            look_again(channel)
+
     client = NotebookClient(
         notebook,
         timeout=timeout,
         kernel_name="python3",
         record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},
+        on_notebook_start=ready,
         on_cell_start=started,
         on_cell_complete=lambda cell, cell_index: on_cell(),
     )
@@ -92,6 +100,26 @@ def execute(path: Path, out: Path, timeout: int, on_cell: Callable[[], None] = l
     write_measured(notebook, minutes, memory.peak_mib)
     nbformat.write(notebook, out / path.name)
     return Execution(path.stem, minutes, memory.peak_mib, "failed" if error else "ok", error)
+
+
+def look_again(channel, seconds: float = _LOOK_AGAIN) -> None:
+    """Let the waiting `get_msg` of a client's channel look anew every so many seconds.
+
+    zmq.asyncio can miss that a message has come (zeromq/pyzmq#2173): the kernel is idle, its reply lies in the socket, and nbclient, which looks
+    once with the cell's whole timeout, waits on. Seen here with the reply in the socket (POLLIN set); a new look finds it.
+    """
+    look_once = channel.get_msg
+
+    async def get_msg(timeout: float | None = None):
+        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        while True:
+            try:
+                return await look_once(timeout=max(0.0, min(seconds, deadline - time.monotonic())))
+            except Empty:
+                if time.monotonic() >= deadline:
+                    raise
+
+    channel.get_msg = get_msg
 
 
 def write_measured(notebook, minutes: float, peak_mib: int) -> None:

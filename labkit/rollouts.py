@@ -73,7 +73,8 @@ def wilson(successes: int, episodes: int, z: float = 1.959964) -> tuple[float, f
     share = successes / episodes
     centre = (share + z * z / (2 * episodes)) / (1 + z * z / episodes)
     half = z / (1 + z * z / episodes) * np.sqrt(share * (1 - share) / episodes + z * z / (4 * episodes**2))
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    # At the ends of the scale the interval ends there, too: rounding must not leave the rate outside it.
+    return (0.0 if successes == 0 else float(centre - half), 1.0 if successes == episodes else float(centre + half))
 
 
 def compare(a: Rollouts, b: Rollouts) -> Comparison:

@@ -4,6 +4,7 @@ Every installation here is a real one, of tiny wheels made on the spot, in a cop
 """
 
 import ast
+import asyncio
 import csv
 import json
 import os
@@ -18,6 +19,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
+from queue import Empty
 
 import nbformat
 import pytest
@@ -429,3 +431,32 @@ def test_doctor_survives_a_probe_that_crashes(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     works, detail = try_in_child("gpu")
     assert not works and detail
+
+
+class MissedMessage:
+    """A channel of a client: the message is there, but the first looks do not see it."""
+
+    def __init__(self, unseen):
+        self.unseen, self.timeouts = unseen, []
+
+    async def get_msg(self, timeout=None):
+        self.timeouts.append(timeout)
+        if len(self.timeouts) <= self.unseen:
+            raise Empty
+        return "the reply"
+
+
+@pytest.mark.parametrize("timeout", [None, 1800])
+def test_a_message_that_zmq_missed_is_found_by_looking_again(timeout):
+    channel = MissedMessage(unseen=3)
+    notebooks.look_again(channel, seconds=0.01)
+    assert asyncio.run(channel.get_msg(timeout)) == "the reply"
+    assert channel.timeouts == [0.01] * 4
+
+
+def test_looking_again_ends_with_the_timeout():
+    channel = MissedMessage(unseen=10**9)
+    notebooks.look_again(channel, seconds=0.01)
+    with pytest.raises(Empty):
+        asyncio.run(channel.get_msg(timeout=0.05))
+    assert len(channel.timeouts) > 1 and max(channel.timeouts) <= 0.01
