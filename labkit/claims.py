@@ -44,6 +44,19 @@ CLAIMS = {
     "full-ft-memory": Claim("full fine-tuning of 7B in bf16 needs 80 to 120 GB", "lecture, LoRA"),
     "nf4-optimal": Claim("NormalFloat is information-theoretically optimal for normally distributed weights", "QLoRA, arXiv 2305.14314, section 3"),
     "openvla-memory": Claim("LoRA of OpenVLA-7B in bf16 takes at least about 27 GB, and 72 GB at batch 16", "OpenVLA, its README on GitHub"),
+    "forgetting": Claim("fine-tuning on a new task alone loses the manipulation priors of pretraining", "lecture, the fine-tuning problem"),
+    "ewc": Claim("EWC keeps old tasks by a penalty on changing parameters of high Fisher information", "lecture, avoiding catastrophic forgetting"),
+    "mixing-simpler": Claim("data mixing is simpler than EWC and often more effective", "lecture, avoiding catastrophic forgetting"),
+    "mixing-alpha": Claim("alpha = 0 forgets, alpha = 1 adapts slowly; typical values are 0.1 to 0.3", "lecture, avoiding catastrophic forgetting"),
+    "mixing-kl": Claim("mixing is the principle of the KL-from-reference penalty, at the data level", "lecture, avoiding catastrophic forgetting"),
+    "replay-2-percent": Claim("large pretrained VLAs need 2 % of replayed data", "arXiv 2603.03818"),
+    "q1-tradeoff": Claim("30 demonstrations, 500 steps: full 90 % new and 40 % old, LoRA r=16 80 % and 65 %", "lecture, question 1"),
+    "q4-below": Claim("mixing 80/20 for 200 steps: the loss on pretraining data falls below the original's", "lecture, question 4"),
+    "adapter-files": Claim("a task's adapter stores only the compact A and B; the backbone is shared", "lecture, LoRA"),
+    "adapter-swap": Claim("task-specific adapters are swapped at deployment without reloading the backbone", "lecture, LoRA"),
+    "one-backbone": Claim("a single backbone serves several task contexts without forgetting any", "lecture, avoiding catastrophic forgetting"),
+    "language-routing": Claim("the VLM's language features can route an instruction to the right adapter", "lecture, question 5"),
+    "wrong-adapter": Claim("routing that selects the wrong adapter is a failure mode of its own", "lecture, question 5"),
 }
 
 

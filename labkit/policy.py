@@ -48,10 +48,12 @@ class Policy:
         return self.decide([observation], None if instruction is None else [instruction]).waypoints[0]
 
     @torch.no_grad()
-    def decide(self, observations, instructions=None) -> Decision:
+    def decide(self, observations, instructions=None, adapter_names=None, logits_processor=()) -> Decision:
         """B observations (and B instructions, default the observations' own)  ->  Decision, in one forward pass with a KV cache.
 
         The four tokens are decoded greedily, each among the 256 action tokens only.
+        adapter_names: B names, where the model holds several of peft's adapters; default, the active one answers all.
+        logits_processor: transformers' logits processors, which act on every token's scores first.
         """
         begun = time.perf_counter()
         instructions = [o["instruction"] for o in observations] if instructions is None else list(instructions)
@@ -59,8 +61,10 @@ class Policy:
         batch = {name: self.to_model(value) for name, value in batch.items()}
         self.model.eval()
         ids = self.action_ids.to(self.model.device)
+        named = {} if adapter_names is None else {"adapter_names": list(adapter_names)}
         out = self.model.generate(
-            **batch, max_new_tokens=len(NAMES), min_new_tokens=len(NAMES), do_sample=False, logits_processor=[_Only(ids)],
+            **batch, **named, max_new_tokens=len(NAMES), min_new_tokens=len(NAMES), do_sample=False,
+            logits_processor=[*logits_processor, _Only(ids)],
             return_dict_in_generate=True, output_scores=True, pad_token_id=self.processor.tokenizer.pad_token_id,
         )
         scores = torch.stack(out.scores, dim=1)[..., ids].float()

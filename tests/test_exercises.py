@@ -26,6 +26,34 @@ SECRETS = ["a secret", "another", "2026 autumn", "", "ünïcode"]
 
 # Mutants that compute the same. Exercise id -> what was changed -> why that changes no result.
 EQUIVALENT = {
+    "deploy-mixed-batch": {
+        "for k in range(len(A)): -> for k in range(len(B)):": "there are as many A as B",
+    },
+    "deploy-router": {
+        "spread = features - centroids[routes] -> spread = centroids[routes] - features": "the sign cancels in the covariance",
+        "spread = features - centroids[routes] -> spread = -(features - centroids[routes])": "the sign cancels in the covariance",
+        "covariance = spread.T @ spread / len(features) -> covariance = features.T @ spread / len(features)":
+            "what is left within a route sums to zero, so its product with the centroids is zero",
+        "covariance = spread.T @ spread / len(features) -> covariance = spread.T @ features / len(features)":
+            "what is left within a route sums to zero, so its product with the centroids is zero",
+        "covariance = spread.T @ spread / len(features) -> covariance = spread.T @ spread / len(routes)": "every feature has a route",
+        "covariance = spread.T @ spread / len(features) -> covariance = spread.T @ spread / len(spread)": "every feature has a rest",
+        "away = queries.unsqueeze(1) - centroids -> away = centroids - queries.unsqueeze(1)": "a squared distance has no sign",
+        "away = queries.unsqueeze(1) - centroids -> away = -(queries.unsqueeze(1) - centroids)": "a squared distance has no sign",
+    },
+    "deploy-risk-coverage": {
+        "wrong = (~correct[confidence.argsort(descending=True)]).cumsum(dim=0) -> "
+        "wrong = (~correct[confidence.argsort(descending=True)]).cumsum(dim=-1)":
+            "a vector's first dimension is its last",
+        "answered = torch.ones_like(wrong).cumsum(dim=0) -> answered = torch.ones_like(confidence).cumsum(dim=0)":
+            "there is a confidence for every answer",
+        "answered = torch.ones_like(wrong).cumsum(dim=0) -> answered = torch.ones_like(correct).cumsum(dim=0)": "a sum of booleans counts them",
+        "answered = torch.ones_like(wrong).cumsum(dim=0) -> answered = torch.ones_like(wrong).cumsum(dim=-1)":
+            "a vector's first dimension is its last",
+    },
+    "deploy-ensemble": {
+        "return weighted.sum(dim=0).log_softmax(dim=-1) -> return weighted.sum(dim=0).log_softmax(dim=1)": "dimension 1 of two is the last one",
+    },
     "lora-count": {
         "return sum((rank * (outputs + inputs) for outputs, inputs in shapes)) -> "
         "return sum((rank * (outputs + inputs) for inputs, outputs in shapes))":

@@ -464,6 +464,9 @@ AGAIN = {
     "adapters": {"method": "adapter", "placement": "layer", "bottleneck": 16, "init_std": 0.0, "learning_rate": 0.01, "use": "test", "seed": 0},
     "lora": {"part": "rank", "rank": 16, "learning_rate": 1e-3, "task": "forward", "seed": 0},
     "qlora": {"part": "learning", "task": "forward", "targets": "attention", "base": "nf4", "seed": 0},
+    "adapters_at_deployment": {"part": "validation", "suite": "ahead", "rank": 16, "targets": "attention", "steps": 50, "learning_rate": 5e-3,
+                               "seed": 100},
+    "ewc_versus_mixing": {"part": "frontier", "method": "share", "strength": 0.25, "seed": 0},
     "qlora_memory": {"model": "stories-15m", "method": "qlora"},
 }
 
@@ -477,10 +480,11 @@ def test_a_stored_point_computed_again_lies_within_the_intervals_of_its_counts(n
     assert set(found) == set(stored) - set(AGAIN[name])
     for kind, counts in found.items():
         episodes = stored.get({"success": "episodes"}.get(kind, f"{kind}_episodes"))
-        if isinstance(counts, dict) and episodes:
-            for part, count in counts.items():
-                low, high = rollouts.wilson(stored[kind][part], episodes)
-                assert low <= count / episodes <= high, (kind, part, count, stored[kind][part])
+        if isinstance(counts, (dict, int)) and episodes:
+            again, first = (counts, stored[kind]) if isinstance(counts, dict) else ({"": counts}, {"": stored[kind]})
+            for part, (count, before) in {part: (again[part], first[part]) for part in again}.items():
+                low, high = rollouts.wilson(before, episodes)
+                assert low <= count / episodes <= high, (kind, part, count, before)
     for kind in ("measured", "calculated", "trainable"):
         assert found.get(kind) == stored.get(kind)
     if "loss_curve" in stored:
