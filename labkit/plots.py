@@ -148,6 +148,32 @@ def success_lines(series: dict, xlabel: str, title: str = "", live: dict | None 
     return figure
 
 
+def success_points(series: dict, title: str = "", live: dict | None = None):
+    """Success by category, one row each and one point a label, with 95 % intervals.
+
+    series: label -> {category: object with `rate` and `interval`}, every label with the same categories.
+    live: label -> (category, rate), drawn as a star: what this notebook measured.
+    """
+    import matplotlib.pyplot as plt
+
+    categories = list(next(iter(series.values())))
+    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.5 * len(categories)), layout="constrained")
+    for n, (colour, marker, (label, points)) in enumerate(zip(COLOURS, MARKERS, series.items())):
+        rows = np.arange(len(categories)) + 0.3 * (n - (len(series) - 1) / 2)
+        rates = 100 * np.array([points[category].rate for category in categories])
+        ends = 100 * np.array([points[category].interval for category in categories])
+        errors = np.abs(ends - rates[:, None]).T
+        axes.errorbar(rates, rows, xerr=errors, color=colour, marker=marker, linestyle="none", capsize=3, label=label)
+        if live and label in live:
+            category, rate = live[label]
+            axes.plot(100 * rate, rows[categories.index(category)], color=colour, marker="*", markersize=15, markeredgecolor="black")
+    axes.set(xlabel="success (% of episodes)", xlim=(-4, 104), title=title)
+    axes.set_yticks(range(len(categories)), categories)
+    axes.invert_yaxis()
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
 def position_bars(rows: dict, tokens, marked, title: str = ""):
     """One value for each position of a sequence, one panel a row.
 

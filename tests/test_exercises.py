@@ -26,6 +26,22 @@ SECRETS = ["a secret", "another", "2026 autumn", "", "ünïcode"]
 
 # Mutants that compute the same. Exercise id -> what was changed -> why that changes no result.
 EQUIVALENT = {
+    "few-shot-lag": {
+        "pairs = torch.stack([image[:len(image) - lag], speed[lag:]]) -> pairs = -torch.stack([image[:len(image) - lag], speed[lag:]])":
+            "the correlation of two negated records is that of the records",
+        "pairs = torch.stack([image[:len(image) - lag], speed[lag:]]) -> pairs = torch.stack([speed[lag:], image[:len(image) - lag]])":
+            "a correlation is symmetric",
+        "pairs = torch.stack([image[:len(image) - lag], speed[lag:]]) -> pairs = torch.stack([image[:len(speed) - lag], speed[lag:]])":
+            "both records have the same length",
+        "found.append(torch.corrcoef(pairs)[0, 1]) -> found.append(torch.corrcoef(pairs)[1, 0])": "the matrix is symmetric",
+        "found.append(torch.corrcoef(pairs)[0, 1]) -> found.append(torch.corrcoef(pairs)[0, -1])": "place 1 of two is the last one",
+    },
+    "few-shot-paired": {
+        "half = 1.96 * differences.std() / len(differences) ** 0.5 -> half = 1.96 * differences.std() / len(first) ** 0.5":
+            "there are as many differences as episodes",
+        "half = 1.96 * differences.std() / len(differences) ** 0.5 -> half = 1.96 * differences.std() / len(second) ** 0.5":
+            "there are as many differences as episodes",
+    },
     "deploy-mixed-batch": {
         "for k in range(len(A)): -> for k in range(len(B)):": "there are as many A as B",
     },

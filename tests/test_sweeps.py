@@ -26,7 +26,7 @@ from labkit.batches import IGNORED
 from labkit.demonstrations import read
 from labkit.demonstrations import samples as samples_of
 from labkit.errors import UserError
-from labkit.experiments import sft_loss_masking
+from labkit.experiments import measuring, sft_loss_masking
 from labkit.instructions import vocabulary, words
 from labkit.paths import DATA
 from labkit.processes import course_environment
@@ -383,6 +383,26 @@ def test_a_stored_sweep_is_plain_json_and_small(name):
     assert path.stat().st_size < 500_000
 
 
+# --- what experiments share ------------------------------------------------------------------------------------------------
+
+
+def test_a_module_that_experiments_share_is_no_experiment():
+    with pytest.raises(UserError, match="there is no sweep 'measuring'"):
+        sweeps.experiment("measuring")
+
+
+def test_a_thinned_curve_holds_the_mean_of_every_ten_losses_and_of_the_rest():
+    assert measuring.thinned([1.0] * 10 + [2.0, 4.0] * 5 + [0.12344]) == [1.0, 3.0, 0.1234] and measuring.thinned([]) == []
+
+
+def test_successes_are_those_of_the_rollouts(shipped_policy):
+    found = rollouts.rollout(shipped_policy, "put", 4, seed=7, progress=False).success
+    assert measuring.counted(shipped_policy, "put", 4, seed=7) == found.sum()
+    replayed = [d for d in measuring.shipped("replay") if d.task == "put"][:2]
+    each = [rollouts.rollout(shipped_policy, "put", 1, seed=d.seed, progress=False).success[0] for d in replayed]
+    assert measuring.counted_on_layouts_of(shipped_policy, replayed) == sum(each)
+
+
 # --- the experiment of lesson 1 --------------------------------------------------------------------------------------------
 
 
@@ -467,6 +487,8 @@ AGAIN = {
     "adapters_at_deployment": {"part": "validation", "suite": "ahead", "rank": 16, "targets": "attention", "steps": 50, "learning_rate": 5e-3,
                                "seed": 100},
     "ewc_versus_mixing": {"part": "frontier", "method": "share", "strength": 0.25, "seed": 0},
+    "few_shot": {"part": "demonstrations", "method": "lora-16", "demonstrations": 20, "seed": 0},
+    "few_shot_rates": {"checkpoint": "tiny", "method": "lora-16", "learning_rate": 3e-3, "seed": 100},
     "qlora_memory": {"model": "stories-15m", "method": "qlora"},
 }
 
