@@ -11,6 +11,20 @@ from torch import nn
 _PROJECTION = re.compile(r".*language_model.*\.(q|k|v|o)_proj")
 
 
+def peft_layer(weight: torch.Tensor, rank: int, alpha: float, names=("default",)) -> nn.Module:
+    """peft's own layer: LoRA on one frozen weight (d, k), with an adapter of this rank and alpha under each name."""
+    from peft import LoraConfig, PeftModel
+
+    outputs, inputs = weight.shape
+    linear = nn.Linear(inputs, outputs, bias=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"])
+    model = PeftModel(nn.Sequential(linear), config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    return model.base_model.model[0]
+
+
 class PeftLayer(nn.Module):
     """peft's LoRA on one weight matrix.
 
@@ -18,22 +32,12 @@ class PeftLayer(nn.Module):
     """
 
     def __init__(self, weight: torch.Tensor, rank: int, alpha: float):
-        from peft import LoraConfig, inject_adapter_in_model
-
         super().__init__()
-        outputs, inputs = weight.shape
-        linear = nn.Linear(inputs, outputs, bias=False)
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        self.model = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"]), nn.Sequential(linear))
+        self.layer = peft_layer(weight, rank, alpha)
         self.weight, self.A, self.B = self.layer.base_layer.weight, self.layer.lora_A["default"].weight, self.layer.lora_B["default"].weight
 
-    @property
-    def layer(self):
-        """peft's own layer."""
-        return self.model[0]
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.model(x)
+        return self.layer(x)
 
 
 def merged_by_peft(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float) -> torch.Tensor:

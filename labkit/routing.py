@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from labkit.errors import UserError
+from labkit.peft_lora import peft_layer
 from labkit.policy import Decision, Policy
 
 # What peft calls a row of a mixed batch that no adapter touches.
@@ -58,9 +59,8 @@ def instruction_features(policy: Policy, instructions, layer: int = -1) -> np.nd
     if not len(instructions):
         raise ValueError("there are no instructions")
     batch = policy.processor.tokenizer(list(instructions), padding=True, return_tensors="pt").to(policy.model.device)
-    without = policy.model.disable_adapter() if hasattr(policy.model, "disable_adapter") else nullcontext()
     policy.model.eval()
-    with without:
+    with _without_adapters(policy.model):
         decoder = policy.model.get_decoder()
         states = decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True, use_cache=False)
     states = states.hidden_states[layer].double()
@@ -77,12 +77,16 @@ def picture_features(policy: Policy, images) -> np.ndarray:
     if not len(images):
         raise ValueError("there are no images")
     pixels = policy.to_model(policy.prompts.pixels(np.asarray(images)))
-    without = policy.model.disable_adapter() if hasattr(policy.model, "disable_adapter") else nullcontext()
     policy.model.eval()
-    with without:
+    with _without_adapters(policy.model):
         states = policy.model.get_submodule(_vision_tower(policy.model))(pixels).last_hidden_state
     # The first state is that of the class token, which belongs to no patch.
     return states[:, 1:].double().mean(1).cpu().numpy()
+
+
+def _without_adapters(model):
+    """A context in which none of peft's adapters acts, where the model has any."""
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 
 def _vision_tower(model):
@@ -132,10 +136,10 @@ def fit_router(features, routes, shrinkage: float = 0.1) -> Router:
     missing = sorted(set(range(routes.max() + 1)) - set(routes.tolist()))
     if missing:
         raise ValueError(f"no feature belongs to route {missing[0]}")
-    centroids = np.stack([features[routes == k].mean(0) for k in range(routes.max() + 1)])
-    spread = features - centroids[routes]
-    covariance = spread.T @ spread / len(features)
-    return Router(centroids, covariance + shrinkage * np.diag(covariance).mean() * np.eye(len(covariance)))
+    members = np.eye(routes.max() + 1)[routes]  # (N, K), of which the mean within routes is a least-squares fit
+    centroids = np.linalg.lstsq(members, features)[0]
+    within = np.atleast_2d(np.cov(features - members @ centroids, rowvar=False, ddof=0))
+    return Router(centroids, within + np.identity(len(within)) * shrinkage * np.trace(within) / len(within))
 
 
 def router_scores(features, routes, queries, shrinkage):
@@ -162,12 +166,14 @@ def risk_coverage(confidence, correct) -> tuple[torch.Tensor, torch.Tensor]:
     confidence: (N,).   correct: (N,) bool.   Returns coverage (N,), k / N, and risk (N,), the share of wrong ones among the k most confident,
     for k = 1 to N.   Raises ValueError for none.
     """
+    from scipy.stats import rankdata
+
     confidence, correct = np.asarray(confidence, float), np.asarray(correct, bool)
     if not len(confidence):
         raise ValueError("a curve needs at least one answer")
-    order = np.argsort(-confidence, kind="stable")
-    answered = np.arange(1, len(order) + 1)
-    return torch.from_numpy(answered / len(order)), torch.from_numpy(np.cumsum(~correct[order]) / answered)
+    place = rankdata(-confidence, method="ordinal")  # 1 for the most confident
+    wrong = np.bincount(place, weights=~correct)[1:]
+    return torch.from_numpy(np.sort(place) / len(place)), torch.from_numpy(np.add.accumulate(wrong) / np.sort(place))
 
 
 def threshold_for(confidence, correct, risk: float) -> float:
@@ -197,21 +203,13 @@ def mixed_by_peft(x, weight, A, B, scaling: float, adapters):
 
     x: (N, k).   weight: (d, k).   A: (K, r, k).   B: (K, d, r).   adapters: (N,) int, ABSTAIN (-1) for none.   Returns (N, d).
     """
-    from peft import LoraConfig, PeftModel
-
-    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    linear.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
-    config = LoraConfig(r=A.shape[1], lora_alpha=scaling * A.shape[1], target_modules=["0"])
-    model = PeftModel(torch.nn.Sequential(linear), config, adapter_name="0")
-    for k in range(1, len(A)):
-        model.add_adapter(str(k), config)
-    layer = model.base_model.model[0]
+    names, rank = [str(k) for k in range(len(A))], A.shape[1]
+    layer = peft_layer(weight.clone(), rank, scaling * rank, names).eval()
     with torch.no_grad():
-        for k in range(len(A)):
-            layer.lora_A[str(k)].weight.copy_(A[k])
-            layer.lora_B[str(k)].weight.copy_(B[k])
-    model.eval()
-    return model(x, adapter_names=[OFF if k == ABSTAIN else str(int(k)) for k in adapters]).detach()
+        for name, down, up in zip(names, A, B):
+            layer.lora_A[name].weight.copy_(down)
+            layer.lora_B[name].weight.copy_(up)
+    return layer(x, adapter_names=[OFF if k == ABSTAIN else str(int(k)) for k in adapters]).detach()
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -163,6 +164,18 @@ def fine_tune(policy, samples: Samples, steps: int = 100, batch_size: int = 16, 
     return history
 
 
+def train_only(model, pattern: str | re.Pattern) -> None:
+    """Freeze all parameters of `model` but those in whose names the regular expression is found.
+
+    Raises ValueError where there are none; the model is then as it was.
+    """
+    chosen = {name for name, _ in model.named_parameters() if re.search(pattern, name)}
+    if not chosen:
+        raise ValueError(f"no parameter's name matches {getattr(pattern, 'pattern', pattern)!r}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+
+
 def _adapted(model, config, seed):
     """The model with what `config` adds to it. labkit's own configurations add themselves; any other one is peft's."""
     if hasattr(config, "add_to"):
@@ -201,6 +214,7 @@ def _weighted_rows(count, others, batch_size, alpha, mixed_by, seed):
     """Endless lists of (weight in the loss, row numbers): rows from `count` on are those of the other samples."""
     if not others:
         yield from ([(1.0, rows)] for rows in _batches(count, batch_size, seed))
+        return
     replayed = round(alpha * batch_size) if mixed_by == "share" else batch_size // 2
     for new, old in zip(_batches(count, batch_size - replayed, seed), _batches(others, replayed, seed)):
         if mixed_by == "share":

@@ -29,6 +29,8 @@ from labkit.rollouts import wilson
 
 STORED = DATA / "sweeps"
 UNFINISHED = DATA / ".cache" / "sweeps"
+# Modules among the experiments that several of them share.
+_NOT_EXPERIMENTS = {"measuring"}
 _VERSIONS = ("torch", "transformers", "peft", "mujoco", "numpy")
 
 
@@ -98,7 +100,7 @@ def names() -> list[str]:
     """The experiments there are."""
     import labkit.experiments as experiments
 
-    return sorted(module.name for module in iter_modules(experiments.__path__))
+    return sorted({module.name for module in iter_modules(experiments.__path__)} - _NOT_EXPERIMENTS)
 
 
 def experiment(name: str):

@@ -9,7 +9,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from labkit.batches import IGNORED, with_action
 from labkit.demonstrations import Samples
-from labkit.sft import action_token_loss, batch_loss, fine_tune, lora, tokenize
+from labkit.sft import action_token_loss, batch_loss, fine_tune, lora, tokenize, train_only
 
 
 def state(model):
@@ -203,6 +203,17 @@ def test_lora_scales_its_update_by_alpha_over_rank():
     assert (lora(rank=8).lora_alpha, lora(rank=8, alpha=4).lora_alpha) == (16, 4)
     with pytest.raises(ValueError, match="everything"):
         lora(targets="everything")
+
+
+def test_only_parameters_whose_names_match_are_trained_and_a_pattern_without_any_changes_nothing(tiny_policy):
+    model = tiny_policy.model
+    for pattern, wanted in ((r"layers\.1\..*proj\.weight$", ("layers.1.", "proj.weight")), ("norm", ("norm",))):
+        train_only(model, pattern)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trained == {name for name, _ in model.named_parameters() if all(part in name for part in wanted)} != set()
+        with pytest.raises(ValueError, match="no parameter's name matches 'nothing'"):
+            train_only(model, "nothing")
+        assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 def test_frozen_parameters_stay_as_they_are(tiny_policy, samples):

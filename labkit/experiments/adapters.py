@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from labkit.adapters import BottleneckConfig, add_adapter
-from labkit.demonstrations import read, samples
-from labkit.paths import DATA
+from labkit.demonstrations import samples
+from labkit.experiments.measuring import counted, counted_on_old_tasks, shipped, thinned
 from labkit.policy import Policy, load_policy
-from labkit.rollouts import rollout
-from labkit.sft import fine_tune
-from labkit.tabletop.tasks import PRETRAINING_TASKS
+from labkit.sft import fine_tune, train_only
 
 TASK = "stack"
 ABOUT = ("success in closed loop on stack after 10, 25, 50 and 100 steps on 50 demonstrations, and on the old tasks after the last step (for each "
@@ -62,22 +59,22 @@ def _adapter(placement, width, std=0.0):
 def run(point: dict) -> dict:
     """Fine-tune once; success (counts) by step on the new task and at the end on the old ones, and before the first step where starts differ."""
     policy = prepared(point)
-    data = samples(read(DATA / "demonstrations" / TASK, "train"))
+    data = samples(shipped(TASK))
     options = {"steps": max(STEPS), "learning_rate": point["learning_rate"], "seed": point["seed"], "progress": False}
     if point["use"] == "validation":
         fine_tune(policy, data, **options)
-        return {"success": {str(max(STEPS)): _count(policy, TASK, EPISODES, seed=VALIDATION_SEED)}, "episodes": EPISODES}
+        return {"success": {str(max(STEPS)): counted(policy, TASK, EPISODES, seed=VALIDATION_SEED)}, "episodes": EPISODES}
     # Adapters of other widths and places start as the identity, as the first of these does.
-    before = _old(policy) if (point.get("placement"), point.get("bottleneck")) == ("layer", 16) else None
+    before = counted_on_old_tasks(policy, OLD_EPISODES) if (point.get("placement"), point.get("bottleneck")) == ("layer", 16) else None
     learned = {}
 
     def measure(step, policy, history):
         if step + 1 in STEPS:
-            learned[str(step + 1)] = _count(policy, TASK, EPISODES)
+            learned[str(step + 1)] = counted(policy, TASK, EPISODES)
 
     history = fine_tune(policy, data, callbacks=[measure], **options)
-    return {"success": learned, "episodes": EPISODES, "before": before, "old": _old(policy), "old_episodes": OLD_EPISODES,
-            "trained": history.trainable, "loss_curve": [round(float(np.mean(history.loss[i : i + 10])), 4) for i in range(0, len(history.loss), 10)]}
+    return {"success": learned, "episodes": EPISODES, "before": before, "old": counted_on_old_tasks(policy, OLD_EPISODES),
+            "old_episodes": OLD_EPISODES, "trained": history.trainable, "loss_curve": thinned(history.loss)}
 
 
 def prepared(point: dict) -> Policy:
@@ -93,27 +90,9 @@ def prepared(point: dict) -> Policy:
     return policy
 
 
-def train_only(model, ending: str) -> None:
-    """Freeze all parameters of `model` but those whose names end like this.   Raises ValueError where there are none."""
-    chosen = [p for name, p in model.named_parameters() if name.endswith(ending)]
-    if not chosen:
-        raise ValueError(f"no parameter's name ends with {ending!r}")
-    model.requires_grad_(False)
-    for parameter in chosen:
-        parameter.requires_grad_(True)
-
-
 def zero_everything(model) -> None:
     """Set every parameter that requires a gradient to zero: adapters that are the identity and have nothing to learn with."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.zero_()
-
-
-def _old(policy):
-    return {task: _count(policy, task, OLD_EPISODES) for task in PRETRAINING_TASKS}
-
-
-def _count(policy, task, episodes, **options):
-    return int(rollout(policy, task, episodes, progress=False, **options).success.sum())

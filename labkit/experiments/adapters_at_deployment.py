@@ -9,9 +9,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from labkit.demonstrations import read, samples
+from labkit.demonstrations import samples
+from labkit.experiments.measuring import counted, shipped
 from labkit.instructions import Command, noun_phrases
-from labkit.paths import DATA
 from labkit.policy import Policy, load_policy
 from labkit.rollouts import EVALUATION_SEED, rollout
 from labkit.routing import OFF, EnsemblePolicy, RoutedPolicy, with_adapters
@@ -50,8 +50,7 @@ def run(point: dict) -> dict:
     if point["part"] == "validation":
         task, variation = SUITES[point["suite"]]
         policy = trained(base, point["suite"], point["seed"], point)
-        found = rollout(policy, task, 50, seed=VALIDATION_SEED, variation=variation, progress=False)
-        return {"success": int(found.success.sum()), "episodes": 50}
+        return {"success": counted(policy, task, 50, seed=VALIDATION_SEED, variation=variation), "episodes": 50}
     if point["part"] == "backbone":
         return {"outcomes": {suite: outcomes(base, suite) for suite in SUITES}, "ambiguous": what_came_of_both(base),
                 "ambiguous_episodes": AMBIGUOUS_EPISODES}
@@ -71,7 +70,7 @@ def run(point: dict) -> dict:
 def trained(base: Policy, name: str, seed: int, recipe: dict = RECIPE) -> Policy:
     """A copy of `base` with one adapter, trained on its 50 demonstrations."""
     policy = base.copy()
-    fine_tune(policy, samples(read(DATA / "demonstrations" / ADAPTERS[name], "train")), steps=recipe["steps"], learning_rate=recipe["learning_rate"],
+    fine_tune(policy, samples(shipped(ADAPTERS[name])), steps=recipe["steps"], learning_rate=recipe["learning_rate"],
               peft_config=lora(recipe["rank"], targets=recipe["targets"]), seed=seed, progress=False)
     return policy
 

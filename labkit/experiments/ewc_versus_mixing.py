@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from labkit.adapters import BottleneckConfig
-from labkit.demonstrations import Samples, read, samples
+from labkit.demonstrations import Samples, samples
+from labkit.experiments.measuring import OTHERS, shipped
 from labkit.forgetting import (
     KLAnchor,
     action_logits,
@@ -19,7 +20,6 @@ from labkit.forgetting import (
     l2_penalty,
     start_of,
 )
-from labkit.paths import DATA
 from labkit.policy import Policy, load_policy
 from labkit.rollouts import EVALUATION_SEED, lock_step
 from labkit.sft import fine_tune, lora, tokenize
@@ -218,32 +218,32 @@ def pretrained_fisher(seed: int) -> dict:
 @lru_cache(maxsize=None)
 def new(task: str = TASK, demonstrations: int | None = None) -> Samples:
     """The demonstrations of a new task, all 50 or the first few."""
-    return samples(read(DATA / "demonstrations" / task, "train", limit=demonstrations))
+    return samples(shipped(task)[:demonstrations])
 
 
 @lru_cache(maxsize=None)
 def new_others() -> Samples:
     """Demonstrations of the new task that nothing is trained on."""
-    return samples([d for split in ("validation", "test") for d in read(DATA / "demonstrations" / TASK, split)])
+    return samples(shipped(TASK, OTHERS))
 
 
 @lru_cache(maxsize=None)
 def replay() -> Samples:
     """The pretraining demonstrations to mix in."""
-    return samples(read(DATA / "demonstrations" / "replay", "train"))
+    return samples(shipped("replay"))
 
 
 @lru_cache(maxsize=None)
 def replay_halves() -> tuple[Samples, Samples]:
     """The first and the second half of them, with the same tasks in the same shares: one to train on, one to look at."""
-    found = read(DATA / "demonstrations" / "replay", "train")
+    found = shipped("replay")
     return samples(found[: len(found) // 2]), samples(found[len(found) // 2 :])
 
 
 @lru_cache(maxsize=None)
 def replay_others() -> Samples:
     """Pretraining demonstrations that are never mixed in."""
-    return samples([d for split in ("validation", "test") for d in read(DATA / "demonstrations" / "replay", split)])
+    return samples(shipped("replay", OTHERS))
 
 
 def rows_of(data: Samples, rows) -> Samples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import permutations, product
 
 import numpy as np
@@ -11,11 +12,12 @@ from torch.nn.functional import cross_entropy
 
 from labkit.actions import bins_to_action, small_action
 from labkit.batches import IGNORED
-from labkit.demonstrations import Samples, read, samples
+from labkit.demonstrations import Samples, samples
+from labkit.experiments.measuring import counted, shipped
 from labkit.instructions import COLOURS, FRAMES, SHAPE_NOUNS, SHAPES, Command, say, sentences, words
 from labkit.paths import DATA
 from labkit.policy import load_policy
-from labkit.rollouts import lock_step, rollout
+from labkit.rollouts import EVALUATION_SEED, lock_step, rollout
 from labkit.sft import fine_tune
 from labkit.tabletop import Tabletop
 from labkit.tabletop.experts import next_waypoint
@@ -97,9 +99,9 @@ def new_words(phrasings: str, seed: int) -> dict:
 
     def measure(step, policy, history):
         if step + 1 in WORD_STEPS:
-            found["same"][str(step + 1)] = _count(Through(policy, hear=plainly), "pick")
-            found["usual"][str(step + 1)] = _count(policy, "pick")
-            found["held_out"][str(step + 1)] = _count(policy, "pick", held_out_phrasing=True)
+            found["same"][str(step + 1)] = counted(Through(policy, hear=plainly), "pick", EPISODES)
+            found["usual"][str(step + 1)] = counted(policy, "pick", EPISODES)
+            found["held_out"][str(step + 1)] = counted(policy, "pick", EPISODES, held_out_phrasing=True)
 
     fine_tune(policy, pick_samples(phrasings, seed), steps=max(WORD_STEPS), learning_rate=1e-3, seed=seed, callbacks=[measure], progress=False)
     return {**found, "episodes": EPISODES}
@@ -147,12 +149,12 @@ def pick_scenes():
 
 def numbers(said: str, seed: int) -> dict:
     """Success on `stack` by step, told in sentences or by number; apart, on commands that were among the demonstrations and on others."""
-    demonstrations = read(DATA / "demonstrations" / "stack", "train")
+    demonstrations = shipped("stack")
     number = task_numbers()
     found = samples(demonstrations)
     if said == "number":
         spoken = [number[d.instruction] for d in demonstrations for _ in range(len(d))]
-        found = Samples(spoken, found.images, found.holding, found.actions)
+        found = replace(found, instructions=spoken)
     known = {number[d.instruction] for d in demonstrations}
     policy, learned, seen, unseen = load_policy("tiny", device="cpu"), {}, {}, {}
     was_known = np.array([number[_instruction("stack", i)] in known for i in range(EPISODES)])
@@ -170,8 +172,6 @@ def numbers(said: str, seed: int) -> dict:
 
 
 def _instruction(task, episode):
-    from labkit.rollouts import EVALUATION_SEED
-
     return Tabletop(task).reset(seed=EVALUATION_SEED + episode)[0]["instruction"]
 
 
@@ -288,16 +288,11 @@ def attention_share(attention, positions, image, target) -> torch.Tensor:
 
 def place(policy, seed: int) -> dict:
     """Success on `spatial` before and after 25, 50 and 100 steps on its 50 demonstrations."""
-    learned = {"0": _count(policy, "spatial")}
+    learned = {"0": counted(policy, "spatial", EPISODES)}
 
     def measure(step, policy, history):
         if step + 1 in STEPS:
-            learned[str(step + 1)] = _count(policy, "spatial")
+            learned[str(step + 1)] = counted(policy, "spatial", EPISODES)
 
-    found = samples(read(DATA / "demonstrations" / "spatial", "train"))
-    fine_tune(policy, found, steps=max(STEPS), seed=seed, callbacks=[measure], progress=False)
+    fine_tune(policy, samples(shipped("spatial")), steps=max(STEPS), seed=seed, callbacks=[measure], progress=False)
     return {"success": learned, "episodes": EPISODES}
-
-
-def _count(policy, task, **options):
-    return int(rollout(policy, task, EPISODES, progress=False, **options).success.sum())

@@ -8,12 +8,10 @@ import numpy as np
 import torch
 
 from labkit.adapters import BottleneckConfig
-from labkit.demonstrations import read, samples
-from labkit.paths import DATA
+from labkit.demonstrations import samples
+from labkit.experiments.measuring import OTHERS, counted, counted_on_layouts_of, counted_on_old_tasks, shipped
 from labkit.policy import load_policy
-from labkit.rollouts import rollout
-from labkit.sft import batch_loss, fine_tune, lora, tokenize
-from labkit.tabletop.tasks import PRETRAINING_TASKS
+from labkit.sft import batch_loss, fine_tune, lora, tokenize, train_only
 
 ABOUT = ("success after 25, 50 and 100 steps on 50 demonstrations, on the layouts of the demonstrations and on the old tasks after 100, and the "
          "loss on training and other demonstrations. rank: LoRA on the attention, alpha / r = 2, by rank and learning rate; matrices: the same "
@@ -27,7 +25,7 @@ OLD_EPISODES = 50
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 RATES = (1e-3, 3e-3, 1e-2)
 MATRICES_RATE, ADAPTER_RATE, FULL_RATE = 2e-3, 1e-2, 5e-4
-ATTENTION = re.compile(r".*language_model.*\.(q|k|v|o)_proj\.weight")
+ATTENTION = re.compile(r"language_model.*\.(q|k|v|o)_proj\.weight$")
 
 
 def points() -> list[dict]:
@@ -50,21 +48,20 @@ def run(point: dict) -> dict:
     pretrained = attention_weights(policy.model)
     if point["part"] == "matrices":
         train_attention_only(policy.model)
-    train = read(DATA / "demonstrations" / task, "train")
+    train = shipped(task)
 
     def measure(step, policy, history):
         if step + 1 in STEPS:
-            learned[str(step + 1)] = _count(policy, task, EPISODES)
+            learned[str(step + 1)] = counted(policy, task, EPISODES)
 
     history = fine_tune(policy, samples(train), steps=max(STEPS), peft_config=_added(point), learning_rate=point["learning_rate"],
                         seed=point["seed"], callbacks=[measure], progress=False)
-    others = [d for split in ("validation", "test") for d in read(DATA / "demonstrations" / task, split)]
-    old = {name: _count(policy, name, OLD_EPISODES) for name in PRETRAINING_TASKS}
+    old = counted_on_old_tasks(policy, OLD_EPISODES)
     found = {"success": learned, "episodes": EPISODES, "old": old, "old_episodes": OLD_EPISODES, "all_old": sum(old.values()),
-             "all_old_episodes": OLD_EPISODES * len(old), "seen": _seen(policy, task, train), "seen_episodes": len(train),
-             "losses": {"train": loss_on(policy, train), "others": loss_on(policy, others)}, "trainable": history.trainable}
+             "all_old_episodes": OLD_EPISODES * len(old), "seen": counted_on_layouts_of(policy, train), "seen_episodes": len(train),
+             "losses": {"train": loss_on(policy, train), "others": loss_on(policy, shipped(task, OTHERS))}, "trainable": history.trainable}
     if point["part"] == "matrices":
-        found["cut"] = {str(rank): _count(cut_to_rank(policy, pretrained, rank), task, EPISODES) for rank in RANKS}
+        found["cut"] = {str(rank): counted(cut_to_rank(policy, pretrained, rank), task, EPISODES) for rank in RANKS}
     return found
 
 
@@ -79,19 +76,19 @@ def _added(point):
 
 def attention_weights(model) -> dict[str, torch.Tensor]:
     """Copies of the language model's attention projections (q, k, v, o) by name; none where LoRA has renamed or NF4 has packed them."""
-    return {name: weight.detach().clone() for name, weight in model.named_parameters() if ATTENTION.fullmatch(name)}
+    return {name: weight.detach().clone() for name, weight in model.named_parameters() if ATTENTION.search(name)}
 
 
 def train_attention_only(model) -> None:
     """Freeze every parameter but the language model's attention projections, the matrices that LoRA gets by default."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(bool(ATTENTION.fullmatch(name)))
+    train_only(model, ATTENTION)
 
 
 def rank_for(update: torch.Tensor, share: float) -> int:
     """The smallest rank whose best approximation of `update` keeps at least this share of its squared norm."""
-    energy = torch.linalg.svdvals(update.double()).square()
-    return int(torch.searchsorted(energy.cumsum(0), share * energy.sum())) + 1
+    values = np.linalg.svd(update.double().numpy(), compute_uv=False)
+    lost = np.add.accumulate(values[::-1] ** 2)[::-1]  # squared norm of what is left out at ranks 0, 1, 2, ...
+    return max(1, np.count_nonzero(lost > (1 - share) * lost[0]))
 
 
 def best_of_rank(update: torch.Tensor, rank: int) -> torch.Tensor:
@@ -114,13 +111,3 @@ def loss_on(policy, demonstrations) -> float:
     """Mean loss over the action tokens of all decisions, in nats."""
     with torch.no_grad():
         return round(float(batch_loss(policy.model, tokenize(policy, samples(demonstrations)))), 4)
-
-
-def _seen(policy, task, train):
-    """Successes on the layouts of the training demonstrations."""
-    seeds = np.array([d.seed for d in train])
-    return int(rollout(policy, task, int(np.ptp(seeds)) + 1, seed=int(seeds.min()), progress=False).success[seeds - seeds.min()].sum())
-
-
-def _count(policy, task, episodes):
-    return int(rollout(policy, task, episodes, progress=False).success.sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 
@@ -9,13 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from labkit.demonstrations import read, samples
+from labkit.demonstrations import samples
+from labkit.experiments.measuring import counted, counted_on_old_tasks, shipped, thinned
 from labkit.memory_calculator import measured_bytes
-from labkit.paths import DATA
 from labkit.policy import load_policy
-from labkit.rollouts import EVALUATION_SEED, rollout
-from labkit.sft import fine_tune, lora
-from labkit.tabletop.tasks import PRETRAINING_TASKS
+from labkit.rollouts import EVALUATION_SEED
+from labkit.sft import fine_tune, lora, train_only
 
 ABOUT = ("learning: success on a new task after 25, 50 and 100 steps of LoRA (rank 16, learning rate 1e-3, 50 demonstrations) on an fp32 base and "
          "on an NF4 base, on the old tasks after 100, seconds, bytes; the NF4 ones merged in two ways; untouched: the old tasks with the base's "
@@ -30,6 +30,7 @@ EPISODES = 100
 OLD_EPISODES = 50
 BASES = {"fp32": None, "nf4": "nf4"}
 BLOCK = 64
+NORMS = re.compile(r"language_model.*norm")
 
 
 def points() -> list[dict]:
@@ -55,7 +56,7 @@ def run(point: dict) -> dict:
     else:
         policy = with_levels(load_policy("tiny", device="cpu"), LEVELS[point["levels"]](point["bits"], seed))
     # Each seed has its own episodes; the policies share them.
-    old = {name: int(rollout(policy, name, EPISODES, EVALUATION_SEED + EPISODES * seed, progress=False).success.sum()) for name in PRETRAINING_TASKS}
+    old = counted_on_old_tasks(policy, EPISODES, seed=EVALUATION_SEED + EPISODES * seed)
     return {"old": old, "all": sum(old.values()), "episodes": EPISODES, "all_episodes": EPISODES * len(old)}
 
 
@@ -68,36 +69,22 @@ def learning(task: str, base: str, targets: str, seed: int) -> dict:
         nonlocal spent
         begun = time.perf_counter()
         if step + 1 in STEPS:
-            learned[str(step + 1)] = _count(policy, task)
+            learned[str(step + 1)] = counted(policy, task, EPISODES)
             if base == "nf4" and task == "stack":
                 in_4_bits = merged_into_4_bits(policy)
                 changed[str(step + 1)] = round(codes_changed(policy, in_4_bits), 4)
-                merged["into 4 bits"][str(step + 1)] = _count(in_4_bits, task)
-                merged["on the fp32 base"][str(step + 1)] = _count(on_fp32_base(policy), task)
+                merged["into 4 bits"][str(step + 1)] = counted(in_4_bits, task, EPISODES)
+                merged["on the fp32 base"][str(step + 1)] = counted(on_fp32_base(policy), task, EPISODES)
         if step + 1 < max(STEPS):  # the history's clock stops before the last call
             spent += time.perf_counter() - begun
 
-    history = fine_tune(policy, new_samples(task), steps=max(STEPS), learning_rate=LEARNING_RATE, peft_config=lora(RANK, targets=targets), seed=seed,
-                        callbacks=[measure], progress=False)
-    old = {name: _count(policy, name, OLD_EPISODES) for name in PRETRAINING_TASKS}
+    history = fine_tune(policy, samples(shipped(task)), steps=max(STEPS), learning_rate=LEARNING_RATE, peft_config=lora(RANK, targets=targets),
+                        seed=seed, callbacks=[measure], progress=False)
+    old = counted_on_old_tasks(policy, OLD_EPISODES)
     found = {"success": learned, "episodes": EPISODES, "old": old, "all_old": sum(old.values()), "old_episodes": OLD_EPISODES,
              "all_old_episodes": OLD_EPISODES * len(old), "seconds": round(history.seconds - spent, 2), "trainable": history.trainable,
-             "bytes": measured_bytes(policy.model), "loss_curve": _thinned(history.loss)}
+             "bytes": measured_bytes(policy.model), "loss_curve": thinned(history.loss)}
     return {**found, "merged": merged, "changed": changed} if changed else found
-
-
-def _count(policy, task, episodes=EPISODES):
-    return int(rollout(policy, task, episodes, progress=False).success.sum())
-
-
-def _thinned(losses):
-    """Mean of every ten steps, in nats."""
-    return [round(float(np.mean(losses[i : i + 10])), 4) for i in range(0, len(losses), 10)]
-
-
-def new_samples(task: str):
-    """The shipped demonstrations of a new task, as samples."""
-    return samples(read(DATA / "demonstrations" / task, "train"))
 
 
 def merged_into_4_bits(policy):
@@ -142,9 +129,9 @@ def quantile_levels(bits: int, seed: int = 0) -> torch.Tensor:
     from scipy.stats import norm
 
     outermost = 1 - (1 / (2 * 2**bits) + 1 / (2 * (2**bits - 1))) / 2
-    below = norm.ppf(np.linspace(1 - outermost, 0.5, 2 ** (bits - 1)))
-    above = norm.ppf(np.linspace(0.5, outermost, 2 ** (bits - 1) + 1))
-    return torch.tensor(np.concatenate([below, above[1:]]) / above[-1], dtype=torch.float32)
+    zero, last = 2 ** (bits - 1) - 1, 2**bits - 1
+    quantiles = norm.ppf(np.interp(range(last + 1), [0, zero, last], [1 - outermost, 0.5, outermost]))
+    return torch.tensor(quantiles / quantiles.max(), dtype=torch.float32)
 
 
 def uniform_levels(bits: int, seed: int = 0) -> torch.Tensor:
@@ -188,14 +175,13 @@ def norms(kept: str, seed: int) -> dict:
     """`stack` learned by the norms of the language model alone; kept in fp32, or quantised again after every step."""
     policy = load_policy("tiny", device="cpu")
     callbacks = [] if kept == "fp32" else [norms_to_4_bits]
-    history = fine_tune_norms(policy, new_samples("stack"), max(STEPS), seed, callbacks, progress=False)
-    return {"success": _count(policy, "stack"), "episodes": EPISODES, "trainable": history.trainable, "loss_curve": _thinned(history.loss)}
+    history = fine_tune_norms(policy, samples(shipped("stack")), max(STEPS), seed, callbacks, progress=False)
+    return {"success": counted(policy, "stack", EPISODES), "episodes": EPISODES, "trainable": history.trainable, "loss_curve": thinned(history.loss)}
 
 
 def fine_tune_norms(policy, found, steps: int, seed: int, callbacks=(), progress: bool = True):
     """Fine-tune the norms of the language model and nothing else; returns the History."""
-    for name, parameter in policy.model.named_parameters():
-        parameter.requires_grad_(_is_norm(name))
+    train_only(policy.model, NORMS)
     return fine_tune(policy, found, steps=steps, learning_rate=NORM_LEARNING_RATE, seed=seed, callbacks=callbacks, progress=progress)
 
 
@@ -204,9 +190,5 @@ def norms_to_4_bits(step, policy, history) -> None:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     for name, parameter in policy.model.named_parameters():
-        if _is_norm(name):
+        if NORMS.search(name):
             parameter.data = dequantize_4bit(*quantize_4bit(parameter.data, quant_type="nf4", blocksize=BLOCK))
-
-
-def _is_norm(name):
-    return "language_model" in name and "norm" in name

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from labkit.batches import IGNORED
-from labkit.demonstrations import Samples, read, samples
-from labkit.paths import DATA
+from labkit.demonstrations import Samples, samples
+from labkit.experiments.measuring import counted, counted_on_old_tasks, shipped, thinned
 from labkit.policy import load_policy
-from labkit.rollouts import rollout
 from labkit.sft import action_token_loss, batch_loss, fine_tune
-from labkit.tabletop.tasks import PRETRAINING_TASKS
 
 ABOUT = ("success in closed loop on a new task after 10, 25, 50 and 100 steps of full fine-tuning on 50 demonstrations, and on the old tasks "
          "after 100, with the loss over action tokens, over text and action tokens, or over every token; with small talk before the "
@@ -40,32 +39,23 @@ def run(point: dict) -> dict:
     """Fine-tune once; success (counts) by step on the new task and at the end on the old ones."""
     task, words = point["task"], point["words"]
     policy = load_policy("tiny", device="cpu")
-    learned = {}
+    listener, learned = Talkative(policy, words), {}
 
     def measure(step, policy, history):
         if step + 1 in STEPS:
-            learned[str(step + 1)] = _count(policy, words, task, EPISODES)
+            learned[str(step + 1)] = counted(listener, task, EPISODES)
 
     history = fine_tune(policy, training_samples(task, words), steps=max(STEPS), seed=point["seed"], loss=LOSSES[point["loss"]],
                         callbacks=[measure], progress=False)
-    old = {name: _count(policy, words, name, OLD_EPISODES) for name in PRETRAINING_TASKS}
-    return {"success": learned, "old": old, "episodes": EPISODES, "old_episodes": OLD_EPISODES, "loss_curve": _thinned(history.loss)}
-
-
-def _count(policy, words, task, episodes):
-    return int(rollout(Talkative(policy, words), task, episodes, progress=False).success.sum())
-
-
-def _thinned(losses):
-    """Mean of every ten steps, in nats."""
-    return [round(float(np.mean(losses[i : i + 10])), 4) for i in range(0, len(losses), 10)]
+    old = counted_on_old_tasks(listener, OLD_EPISODES)
+    return {"success": learned, "old": old, "episodes": EPISODES, "old_episodes": OLD_EPISODES, "loss_curve": thinned(history.loss)}
 
 
 def training_samples(task: str, words: int) -> Samples:
     """The shipped demonstrations of `task`, each instruction behind `words` words of small talk."""
-    found = samples(read(DATA / "demonstrations" / task, "train"))
+    found = samples(shipped(task))
     said = [with_small_talk(text, words, salt=f"train{i}") for i, text in enumerate(found.instructions)]
-    return Samples(said, found.images, found.holding, found.actions)
+    return replace(found, instructions=said)
 
 
 def with_small_talk(instruction: str, words: int, salt: str = "") -> str:
