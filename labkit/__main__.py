@@ -7,13 +7,14 @@ import argparse
 import os
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 
 from labkit import __version__
 from labkit.errors import UserError
 from labkit.install import ensure_environment, existing_environment, interpreter_for_unsupported_python
 from labkit.processes import hand_over
 
-VERBS = ("lab", "test", "run", "doctor", "evaluate", "finetune", "record", "validate", "pretrain", "sweep", "benchmark")
+VERBS = ("lab", "test", "run", "doctor", "evaluate", "finetune", "record", "validate", "pretrain", "sweep", "benchmark", "release", "grade")
 
 
 def read_commands():
@@ -21,8 +22,10 @@ def read_commands():
 
     NEEDS_PACKAGES = False   it also works in an environment that is not complete, so none is made for it
     TAKES_EXTRA = True       arguments it does not know are for the program it starts, and come as the list args.extra
+
+    A verb whose module is not there is not offered: students' bundles leave out those that only instructors need.
     """
-    return {verb: import_module("labkit.commands." + verb) for verb in VERBS}
+    return {verb: import_module("labkit.commands." + verb) for verb in VERBS if find_spec("labkit.commands." + verb)}
 
 
 def parse(argv, commands):

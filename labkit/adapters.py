@@ -6,20 +6,21 @@ LoRA is peft's. Training an adapter is in sft.py; `fine_tune` takes a `Bottlenec
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from labkit.errors import UserError
 
 PLACEMENTS = ("layer", "houlsby")
-ACTIVATIONS = {"gelu": functional.gelu, "relu": functional.relu, "silu": functional.silu, "tanh": torch.tanh}
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What peft calls the method in the same file, so that its loader refuses ours by name.
 PEFT_TYPE = "BOTTLENECK"
@@ -61,25 +62,24 @@ class BottleneckConfig:
         return add_adapter(model, self, seed=seed)
 
 
-class BottleneckAdapter(nn.Module):
+class BottleneckAdapter(nn.Sequential):
     """h + W_up sigma(W_down h): down-projection, nonlinearity, up-projection, residual.
 
     width: d, of the hidden state.   bottleneck: m.   `down` and `up` are linear layers with biases: 2 m d + m + d parameters.
     """
 
     def __init__(self, width: int, bottleneck: int, activation: str = "gelu"):
-        super().__init__()
-        self.down, self.up = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)
-        self.activation = ACTIVATIONS[activation]
+        super().__init__(OrderedDict(down=nn.Linear(width, bottleneck), inside=ACTIVATIONS[activation](), up=nn.Linear(bottleneck, width)))
 
     def forward(self, hidden):
         """hidden: (..., width) float   ->   the same shape."""
-        return hidden + self.up(self.activation(self.down(hidden)))
+        return super().forward(hidden).add(hidden)
 
 
 def adapter_size(width: int, bottleneck: int, layers: int, per_layer: int = 1, bias: bool = True) -> int:
     """How many parameters the adapters of a model have: 2 m d each, with biases m + d more (Houlsby et al., section 2.1)."""
-    return layers * per_layer * (2 * bottleneck * width + (bottleneck + width if bias else 0))
+    shapes = [(bottleneck, width), (width, bottleneck)] + ([(bottleneck,), (width,)] if bias else [])
+    return layers * per_layer * sum(map(prod, shapes))
 
 
 def identity_state(noise, std: float) -> dict[str, torch.Tensor]:
@@ -88,9 +88,11 @@ def identity_state(noise, std: float) -> dict[str, torch.Tensor]:
     noise: (m, d) standard normal numbers.   std: what W_down's are multiplied by.
     Returns `down.weight` (m, d), `down.bias` (m,), `up.weight` (d, m), `up.bias` (d,).
     """
-    bottleneck, width = noise.shape
-    return {"down.weight": std * noise, "down.bias": torch.zeros(bottleneck),
-            "up.weight": torch.zeros(width, bottleneck), "up.bias": torch.zeros(width)}
+    with torch.device("meta"):  # names and shapes, without numbers
+        of_an_adapter = BottleneckAdapter(*reversed(noise.shape)).state_dict()
+    state = {name: noise.new_zeros(tensor.shape) for name, tensor in of_an_adapter.items()}
+    state["down.weight"] += std * noise
+    return state
 
 
 def decoder_layers(model) -> nn.ModuleList:

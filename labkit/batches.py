@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from labkit.actions import BINS, action_to_bins
 
@@ -116,8 +117,7 @@ def supervised_sequence(prompt_ids, answer_ids) -> tuple[torch.Tensor, torch.Ten
 
     prompt_ids: (..., P) and answer_ids: (..., A) int64.   Returns input_ids and labels, both (..., P + A); labels are -100 over the prompt.
     """
-    ids = torch.cat([prompt_ids, answer_ids], dim=-1)
-    return ids, torch.cat([torch.full_like(prompt_ids, IGNORED), answer_ids], dim=-1)
+    return torch.cat([prompt_ids, answer_ids], dim=-1), pad(answer_ids, (prompt_ids.shape[-1], 0), value=IGNORED)
 
 
 def with_action(prompt: dict, action_ids, actions) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from torch.nn.functional import kl_div, mse_loss
 
 from labkit.actions import NAMES
 from labkit.batches import IGNORED
@@ -110,7 +111,8 @@ def ewc_penalty(start: dict, fisher: dict, strength: float) -> Callable:
 
 def quadratic_penalty(theta, start, fisher, strength: float) -> torch.Tensor:
     """strength / 2 * sum of F (theta - theta_0)^2, of one tensor.   theta, start, fisher: the same shape; fisher may also be 1.0."""
-    return strength / 2 * (fisher * (theta - start).square()).sum()
+    weight = torch.as_tensor(fisher, dtype=theta.dtype, device=theta.device).expand_as(theta)
+    return mse_loss(theta, start, reduction="sum", weight=weight).mul(strength / 2)
 
 
 def l2_penalty(start: dict, strength: float) -> Callable:
@@ -130,7 +132,8 @@ def mixed_loss(losses, replayed, alpha: float) -> torch.Tensor:
 
     losses: (B,) float, nats.   replayed: (B,) bool, with at least one of each kind.
     """
-    return (1 - alpha) * losses[~replayed].mean() + alpha * losses[replayed].mean()
+    old = int(replayed.sum())
+    return losses @ torch.where(replayed, alpha / old, (1 - alpha) / (len(losses) - old)).to(losses.dtype)
 
 
 def kl_divergence(start_logits, logits) -> torch.Tensor:
@@ -138,9 +141,8 @@ def kl_divergence(start_logits, logits) -> torch.Tensor:
 
     start_logits, logits: (..., V) float.   No gradient flows into start_logits.
     """
-    before = torch.log_softmax(start_logits.detach().float(), dim=-1)
-    after = torch.log_softmax(logits.float(), dim=-1)
-    return (before.exp() * (before - after)).sum(-1).mean()
+    after, before = (torch.log_softmax(value.float(), dim=-1) for value in (logits, start_logits.detach()))
+    return kl_div(after, before, reduction="sum", log_target=True) / before[..., 0].numel()
 
 
 class KLAnchor:

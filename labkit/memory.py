@@ -67,7 +67,7 @@ def lora_parameters(shape, rank: int) -> int:
     shape: of the weight, (out, in), or (out, in, height, width) of a convolution, whose A is a convolution of the same kernel.
     """
     out, *inputs = shape
-    return rank * (out + torch.Size(inputs).numel())
+    return torch.Size([rank, *inputs]).numel() + torch.Size([out, rank]).numel()
 
 
 def adapter_parameters(d: int, m: int, bias: bool = True) -> int:

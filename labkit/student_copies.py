@@ -18,14 +18,21 @@ BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 CODE_STUB = ("# YOUR CODE HERE", "raise NotImplementedError()")
 TEXT_STUB = ("YOUR ANSWER HERE",)
 _GRADERS_ONLY = ("HIDDEN TESTS", "MARK SCHEME")
+# In the metadata `labkit` of a notebook that was given out in a bundle: the bundle's id.
+RELEASE = "release"
 
 
 def without_solutions(notebook):
     """The student's version of a notebook (a dict as in the file, or an nbformat node), changed in place and returned.
 
     Every solution region becomes a stub with the region's indentation, outputs and execution counts go, and cells that nbgrader counts
-    on can be neither deleted nor, where they ask for no solution, edited.   Raises UserError, naming the cell, for a region without its other end.
+    on can be neither deleted nor, where they ask for no solution, edited. One that students' bundles hold is a student's version already, and
+    stays as it is.   Raises UserError, naming the cell, for a region without its other end.
     """
+    about = notebook.get("metadata", {})
+    if RELEASE in about.get("labkit", {}):
+        return notebook
+    about.pop("widgets", None)  # what the widgets showed is output, too
     for number, cell in enumerate(notebook["cells"], start=1):
         graded, stub = cell["metadata"].get("nbgrader", {}), CODE_STUB if cell["cell_type"] == "code" else TEXT_STUB
         text = "".join(cell["source"])  # a list of lines in the file

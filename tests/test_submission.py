@@ -700,7 +700,7 @@ def test_what_a_case_says_in_words_never_reaches_the_worker(worker):
 
 def test_the_worker_s_program_loads_no_lesson(worker):
     loaded = asked(worker, "import sys\ndef entry(x): return [name for name in sys.modules if name.startswith('labkit.exercises.')]", 1)
-    assert sorted(loaded) == ["labkit.exercises.asking", "labkit.exercises.exercise"]
+    assert sorted(loaded) == ["labkit.exercises.asking", "labkit.exercises.exercise", "labkit.exercises.judging"]
 
 
 # --- withheld modules ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ class _Bottleneck(nn.Module):
 
     def __init__(self, width, bottleneck):
         super().__init__()
-        self.down, self.up = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)
+        for name, sides in {"down": (width, bottleneck), "up": (bottleneck, width)}.items():
+            self.add_module(name, nn.Linear(*sides))
 
     def branch(self, hidden):
         return self.up(gelu(self.down(hidden)))
@@ -256,7 +257,7 @@ class Start(Exercise):
 
     def expected(self, case):
         noise, std = case.arguments["noise"], case.arguments["std"]
-        bottleneck, width = noise.shape
+        bottleneck, width = len(noise), len(noise[0])
         return {"down.weight": [[std * float(n) for n in row] for row in noise], "down.bias": [0.0] * bottleneck,
                 "up.weight": [[0.0] * bottleneck for _ in range(width)], "up.bias": [0.0] * width}
 

@@ -96,67 +96,61 @@ class MixedBatch(Exercise):
     }
 
 
-def _router(features, routes, queries, shrinkage, covariance_of=None, share=None, scale=-0.5, root=False):
-    """The right scores, with one part changed."""
-    count = int(routes.max()) + 1
-    centroids = torch.stack([features[routes == k].mean(0) for k in range(count)])
-    spread = features - centroids[routes] if covariance_of is None else covariance_of(features)
-    covariance = spread.T @ spread / len(features)
-    added = shrinkage * covariance.diagonal().mean() if share is None else share(covariance, shrinkage)
-    inverse = torch.linalg.inv(covariance + added * torch.eye(len(covariance)))
-    away = queries[:, None] - centroids
-    squared = torch.einsum("mkd,de,mke->mk", away, inverse, away)
-    return scale * (squared.sqrt() if root else squared)
+def _router(features, routes, queries, shrinkage, covariance=None, share=None, inverse=np.linalg.inv, score=lambda away: -(away**2) / 2):
+    """scipy's Mahalanobis distances, with numpy's covariance of what is left of every route, or with one part of that changed."""
+    from scipy.spatial.distance import cdist
+
+    features, routes, queries = features.numpy(), routes.numpy(), queries.numpy()
+    of_route = [features[routes == k] for k in range(int(routes.max()) + 1)]
+    centroids = np.array([np.average(rows, axis=0) for rows in of_route])
+    parts = [len(rows) * np.cov(rows, rowvar=False, ddof=0) for rows in of_route]
+    within = sum(parts) / len(features) if covariance is None else covariance(features)
+    added = shrinkage * np.trace(within) / len(within) if share is None else share(within)
+    return torch.from_numpy(score(cdist(queries, centroids, "mahalanobis", VI=inverse(within + added * np.identity(len(within))))))
 
 
 def _around_the_mean_of_all(features, routes, queries, shrinkage):
-    return _router(features, routes, queries, shrinkage, covariance_of=lambda rows: rows - rows.mean(0))
+    return _router(features, routes, queries, shrinkage, covariance=lambda rows: np.cov(rows, rowvar=False, ddof=0))
 
 
 def _not_centred(features, routes, queries, shrinkage):
-    return _router(features, routes, queries, shrinkage, covariance_of=lambda rows: rows)
+    return _router(features, routes, queries, shrinkage, covariance=lambda rows: rows.T @ rows / len(rows))
 
 
 def _euclidean(features, routes, queries, shrinkage):
-    centroids = torch.stack([features[routes == k].mean(0) for k in range(int(routes.max()) + 1)])
-    return -0.5 * torch.cdist(queries, centroids) ** 2
+    return _router(features, routes, queries, shrinkage, inverse=lambda within: np.identity(len(within)))
 
 
 def _not_shrunk(features, routes, queries, shrinkage):
-    return _router(features, routes, queries, shrinkage, share=lambda covariance, shrinkage: 0)
+    return _router(features, routes, queries, shrinkage, share=lambda within: 0)
 
 
 def _shrunk_by_the_number(features, routes, queries, shrinkage):
-    return _router(features, routes, queries, shrinkage, share=lambda covariance, shrinkage: shrinkage)
+    return _router(features, routes, queries, shrinkage, share=lambda within: shrinkage)
 
 
 def _shrunk_by_the_sum(features, routes, queries, shrinkage):
-    return _router(features, routes, queries, shrinkage, share=lambda covariance, shrinkage: shrinkage * covariance.diagonal().sum())
+    return _router(features, routes, queries, shrinkage, share=lambda within: shrinkage * np.trace(within))
 
 
 def _shrunk_by_every_entry(features, routes, queries, shrinkage):
-    return _router(features, routes, queries, shrinkage, share=lambda covariance, shrinkage: shrinkage * covariance.mean())
+    return _router(features, routes, queries, shrinkage, share=lambda within: shrinkage * within.mean())
 
 
 def _distances(features, routes, queries, shrinkage):
-    return _router(features, routes, queries, shrinkage, scale=0.5)
+    return _router(features, routes, queries, shrinkage, score=lambda away: away**2 / 2)
 
 
 def _not_halved(features, routes, queries, shrinkage):
-    return _router(features, routes, queries, shrinkage, scale=-1.0)
+    return _router(features, routes, queries, shrinkage, score=lambda away: -(away**2))
 
 
 def _root(features, routes, queries, shrinkage):
-    return _router(features, routes, queries, shrinkage, scale=-1.0, root=True)
+    return _router(features, routes, queries, shrinkage, score=lambda away: -away)
 
 
 def _covariance_for_its_inverse(features, routes, queries, shrinkage):
-    centroids = torch.stack([features[routes == k].mean(0) for k in range(int(routes.max()) + 1)])
-    spread = features - centroids[routes]
-    covariance = spread.T @ spread / len(features)
-    covariance = covariance + shrinkage * covariance.diagonal().mean() * torch.eye(len(covariance))
-    away = queries[:, None] - centroids
-    return -0.5 * torch.einsum("mkd,de,mke->mk", away, covariance, away)
+    return _router(features, routes, queries, shrinkage, inverse=lambda within: within)
 
 
 @exercise("deploy-router", points=5, minutes=12)
@@ -192,15 +186,7 @@ class RouterScores(Exercise):
         )
 
     def expected(self, case):
-        """scipy's Mahalanobis distances, with numpy's covariance of what is left of every route."""
-        from scipy.spatial.distance import cdist
-
-        features, routes, queries, shrinkage = (value.numpy() if isinstance(value, torch.Tensor) else value for value in case.arguments.values())
-        count = int(routes.max()) + 1
-        centroids = np.array([np.average(features, axis=0, weights=routes == k) for k in range(count)])
-        within = sum(np.cov(features[routes == k], rowvar=False, ddof=0) * (routes == k).sum() for k in range(count)) / len(routes)
-        within = within + shrinkage * np.trace(within) / len(within) * np.identity(len(within))
-        return torch.from_numpy(-cdist(queries, centroids, "mahalanobis", VI=np.linalg.inv(within)) ** 2 / 2)
+        return _router(*case.arguments.values())
 
     misconceptions = {
         "Your covariance is taken around the mean of all {rows} features; take away from each feature the centroid of its OWN route, or the "

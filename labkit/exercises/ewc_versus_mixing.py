@@ -114,12 +114,8 @@ class Fisher(Exercise):
     }
 
 
-def _ewc(theta, start, fisher, strength):
-    return strength / 2 * (fisher * (theta - start) ** 2).sum()
-
-
 def _twice(theta, start, fisher, strength):
-    return 2 * _ewc(theta, start, fisher, strength)
+    return strength * (fisher * (theta - start) ** 2).sum()
 
 
 def _averaged(theta, start, fisher, strength):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from labkit.exercises.exercise import PUBLIC, Case, Exercise, Raised, Tolerance,
 
 CORRECT, WRONG, NOT_ATTEMPTED = "correct", "not yet", "not attempted"
 _LONGEST_VALUE = 160
+# Answering sets torch's one generator, which threads share: one answer at a time, or they differ from run to run.
+_ANSWERING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,41 @@ def _named(entry, exercise):
     return matches[0]
 
 
+class AnswerKey:
+    """An exercise's cases for one secret, with the right answers and the wrong ones that it knows: the same for every student."""
+
+    def __init__(self, exercise: Exercise, secret: str = PUBLIC, hidden: bool = False):
+        with _ANSWERING:
+            self.exercise, self.cases = exercise, exercise.drawn(secret, hidden)
+            self.expected = [exercise.expected(case) for case in self.cases]
+        self._mistaken: dict[str, list] = {}
+
+    def mistaken(self, sentence: str) -> list:
+        """What the misconception answers to every case."""
+        with _ANSWERING:
+            if sentence not in self._mistaken:
+                mistake = self.exercise.misconceptions[sentence]
+                self._mistaken[sentence] = [_relevant(self.exercise, answer(mistake, case), case) for case in self.cases]
+            return self._mistaken[sentence]
+
+    def recognise(self, answers: list) -> str | None:
+        """The misconception that gives all these answers, or None."""
+        for sentence in self.exercise.misconceptions:
+            if all(not difference(given, wrong, self.exercise.close) for given, wrong in zip(answers, self.mistaken(sentence))):
+                return sentence
+        return None
+
+
 def judge(exercise: Exercise, ask: Callable[[Case], object], secret: str = PUBLIC, hidden: bool = False) -> Verdict:
     """Ask every case, one at a time, and judge the answers.   ask: case -> answer, in this process or in another one."""
-    cases = exercise.drawn(secret, hidden)
+    return judge_by(AnswerKey(exercise, secret, hidden), ask)
+
+
+def judge_by(key: AnswerKey, ask: Callable[[Case], object]) -> Verdict:
+    """`judge`, with a key that may serve many students."""
+    exercise, cases = key.exercise, key.cases
     answers = [_relevant(exercise, ask(case), case) for case in cases]
-    expected = [exercise.expected(case) for case in cases]
-    faults = [difference(given, right, exercise.close) for given, right in zip(answers, expected)]
+    faults = [difference(given, right, exercise.close) for given, right in zip(answers, key.expected)]
     passed = faults.count("")
 
     def verdict(status, sentence, misconception=None):
@@ -95,20 +127,12 @@ def judge(exercise: Exercise, ask: Callable[[Case], object], secret: str = PUBLI
     first = next(i for i, fault in enumerate(faults) if fault)
     if answers[first] is None:
         return verdict(WRONG, f"`{exercise.entry}` returns None: is `return` missing?")
-    known = recognise(exercise, cases, answers)
+    known = key.recognise(answers)
     if known is not None:
         return verdict(WRONG, _said(known, cases[first]), known)
     case = cases[first]
     must = "" if isinstance(answers[first], Raised) else " " + _said(case.must, case)
     return verdict(WRONG, f"With {_said(case.says, case)}: {faults[first]}{must}")
-
-
-def recognise(exercise: Exercise, cases: list[Case], answers: list) -> str | None:
-    """The misconception that gives all these answers, or None."""
-    for sentence, mistake in exercise.misconceptions.items():
-        if all(not difference(given, _relevant(exercise, answer(mistake, case), case), exercise.close) for case, given in zip(cases, answers)):
-            return sentence
-    return None
 
 
 def _relevant(exercise, given, case):

@@ -15,13 +15,13 @@ class _Layer(nn.Module):
 
     def __init__(self, weight, rank, alpha):
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.A = nn.Parameter(torch.randn(rank, weight.shape[1]) / math.sqrt(rank))
-        self.B = nn.Parameter(torch.zeros(weight.shape[0], rank))
-        self.scaling = alpha / rank
+        start = {"weight": weight, "A": torch.empty(rank, len(weight[0])).normal_(std=rank**-0.5), "B": torch.empty(len(weight), rank).zero_()}
+        for name, values in start.items():
+            self.register_parameter(name, nn.Parameter(values, requires_grad=name != "weight"))
+        self.scaling = alpha * rank**-1
 
     def forward(self, x):
-        return x @ self.weight.T + self.scaling * (x @ self.A.T @ self.B.T)
+        return nn.functional.linear(x, torch.addmm(self.weight, self.B, self.A, alpha=self.scaling))
 
 
 class _NotFrozen(_Layer):
@@ -92,7 +92,7 @@ class LoRALayer(Exercise):
 
     entry = "LoRALinear"
     close = Tolerance(rtol=1e-4, atol=1e-4)
-    withheld = ("peft",)
+    withheld = ("peft", "labkit.peft_lora")
 
     def cases(self, rng, hidden):
         yield self._trained(rng, 1, 4, 3, 2, 4.0, asks=("output",))
@@ -249,7 +249,7 @@ class Count(Exercise):
 
 
 def _update(A, B, alpha, scaling=None):
-    return (alpha / A.shape[0] if scaling is None else scaling) * (B @ A)
+    return torch.einsum("dr,rk->dk", B, A).mul(alpha / len(A) if scaling is None else scaling)
 
 
 def _merged_without_scaling(weight, A, B, alpha):
@@ -282,7 +282,7 @@ class Merge(Exercise):
 
     entry = "merged"
     close = Tolerance(rtol=1e-4, atol=1e-5)
-    withheld = ("peft",)
+    withheld = ("peft", "labkit.peft_lora")
 
     def cases(self, rng, hidden):
         sizes = [(3, 4, 2, 4.0), (6, 5, 3, 6.0)]
@@ -316,26 +316,31 @@ class Merge(Exercise):
     }
 
 
-def _shares(update):
-    squares = torch.linalg.svdvals(update.double()) ** 2
-    return squares.cumsum(0) / squares.sum()
+def _energies(update):
+    """Squared singular values, the largest first: the eigenvalues of the Gram matrix."""
+    update = update.double()
+    gram = update.T @ update if update.shape[1] <= update.shape[0] else update @ update.T
+    return sorted(torch.linalg.eigvalsh(gram).tolist(), reverse=True)
 
 
-def _first_above(shares, share):
-    return int((shares < share).sum()) + 1
+def _needed(energies, share):
+    kept, needed = 0.0, 0
+    while kept < share * sum(energies):
+        kept += energies[needed]
+        needed += 1
+    return needed
 
 
 def _plain_sum(update, share):
-    values = torch.linalg.svdvals(update.double())
-    return _first_above(values.cumsum(0) / values.sum(), share)
+    return _needed([max(energy, 0.0) ** 0.5 for energy in _energies(update)], share)
 
 
 def _off_by_one(update, share):
-    return int((_shares(update) < share).sum())
+    return _needed(_energies(update), share) - 1
 
 
 def _one_too_many(update, share):
-    return int((_shares(update) < share).sum()) + 2
+    return _needed(_energies(update), share) + 1
 
 
 def _each_alone(update, share):
@@ -357,8 +362,7 @@ def _share_of_the_size(update, share):
 
 
 def _smallest_first(update, share):
-    squares = (torch.linalg.svdvals(update.double()) ** 2).flip(0)
-    return _first_above(squares.cumsum(0) / squares.sum(), share)
+    return _needed(_energies(update)[::-1], share)
 
 
 @exercise("lora-rank-needed", points=4, minutes=8)
@@ -366,6 +370,7 @@ class RankNeeded(Exercise):
     """The smallest rank that keeps a given share of an update."""
 
     entry = "rank_needed"
+    withheld = ("labkit.experiments",)
     close = Tolerance(rtol=0, atol=0.1)
 
     def cases(self, rng, hidden):
@@ -383,15 +388,8 @@ class RankNeeded(Exercise):
             )
 
     def expected(self, case):
-        """By the eigenvalues of the Gram matrix, which are the squared singular values."""
-        update = case.arguments["update"].double()
-        gram = update.T @ update if update.shape[1] <= update.shape[0] else update @ update.T
-        energies = sorted(torch.linalg.eigvalsh(gram).tolist(), reverse=True)
-        kept, needed = 0.0, 0
-        while kept < case.arguments["share"] * sum(energies):
-            kept += energies[needed]
-            needed += 1
-        return needed
+        """Added up one after the other."""
+        return _needed(_energies(case.arguments["update"]), case.arguments["share"])
 
     misconceptions = {
         "You added the singular values; the size of an update (its squared Frobenius norm) is the sum of their SQUARES.": _plain_sum,

@@ -146,11 +146,11 @@ def _in_blocks(weights, levels, block, scales_of=lambda b: b.abs().amax(1, keepd
 
 
 def _nearest(values, levels):
-    return (values[..., None] - levels).abs().argmin(-1)
+    return torch.bucketize(values.contiguous(), (levels[1:] + levels[:-1]) / 2)
 
 
 def _shaped(weights, codes, scales, restored):
-    return codes.reshape(weights.shape), scales.flatten(), restored.reshape(weights.shape)
+    return codes.reshape_as(weights), scales.flatten(), restored.reshape_as(weights)
 
 
 def _scale_of_the_whole_tensor(weights, levels, block):
@@ -219,7 +219,7 @@ def _nan_for_zeros(weights, levels, block):
     """As torch does it: nothing divided by nothing, whose place is the first or the last."""
     blocks = weights.reshape(-1, block)
     scales = blocks.abs().amax(1, keepdim=True)
-    codes = _nearest(blocks / scales, levels)
+    codes = ((blocks / scales)[..., None] - levels).abs().argmin(-1)
     return _shaped(weights, codes, scales, levels[codes] * scales)
 
 
@@ -303,10 +303,10 @@ _BITSANDBYTES_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def _bits(block, second_block, code=4.0, first=32.0, quantised=8.0, second=32.0):
-    """Bits a weight, with one part changed."""
-    if second_block is None:
-        return code + first / block
-    return code + quantised / block + second / (block * second_block)
+    """Bits a weight, with one part changed: all that is stored for the weights that share a float32, over their number."""
+    blocks = second_block or 1
+    weights = block * blocks
+    return (code * weights + (first if second_block is None else quantised * blocks + second)) / weights
 
 
 def _codes_alone(block, second_block):
@@ -416,11 +416,11 @@ class Bits(Exercise):
 
 
 def _dequantised(codes, scales, levels):
-    return (levels[codes].reshape(len(scales), -1) * scales[:, None]).reshape(codes.shape)
+    return levels[codes] * scales.repeat_interleave(codes.numel() // len(scales)).reshape_as(codes)
 
 
 def _layer(x, weight, A, B, scaling):
-    return x @ weight.T + scaling * (x @ A.T @ B.T)
+    return torch.nn.functional.linear(x, torch.addmm(weight, B, A, alpha=scaling))
 
 
 def _without_scaling(x, codes, scales, levels, A, B, alpha):

@@ -202,10 +202,12 @@ def _loss_case(rng, rows, prompt, action, vocabulary, asks=("output",), padding=
     )  # fmt: skip
 
 
+### BEGIN HIDDEN TESTS
 def _large(case):
     """With logits so large that the exponential overflows where it is taken by hand."""
     case.arguments["logits"].mul_(100)
     return case
+### END HIDDEN TESTS
 
 
 @exercise("sft-masked-loss", points=4, minutes=8)

@@ -21,6 +21,7 @@ MAX_ITEMS = 100_000
 _MAX_DEPTH = 16
 _MAX_BITS = 8192
 _HEADER = struct.Struct(">QQ")
+HEADER_BYTES = _HEADER.size
 _DTYPES = {
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64,
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64,
@@ -81,6 +82,11 @@ def _lengths(header):
     if text > MAX_JSON or data > MAX_TENSORS + MAX_JSON:
         raise WireError(f"a message of {text:,} and {data:,} bytes is more than is read")
     return text, data
+
+
+def length_of(header: bytes) -> int:
+    """Bytes of the whole message that begins with this header.   Raises WireError beyond the caps."""
+    return HEADER_BYTES + sum(_lengths(header))
 
 
 def _exactly(stream, count):

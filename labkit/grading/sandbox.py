@@ -1,0 +1,251 @@
+"""Workers that are isolated, and the zygote they come from, as the grader sees them. What the zygote does is in zygote.py, how in isolation.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from labkit.errors import UserError
+from labkit.grading import isolation
+from labkit.grading.zygote import FOLDER_MIB
+from labkit.paths import ROOT
+from labkit.processes import course_environment
+from labkit.submission import wire
+from labkit.submission.apart import QUIET, Limits, Worker, WorkerLost
+
+LIMITS = Limits(setup_seconds=60, cell_seconds=5, case_seconds=3, memory_mib=2048, notebook_seconds=60)
+# Sets of strings in the same order in every worker of every run, so that a regrade gives the same bytes; no threads before the fork.
+_ENVIRONMENT = {"PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false"}
+_READY_SECONDS, _REPLY_SECONDS = 180.0, 30.0
+
+
+class ZygoteLost(Exception):
+    """The zygote ended or does not answer: nothing that a student's code is to blame for can be concluded."""
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """How workers are held.   tier: one of isolation.TIERS.   user: "nobody" where root's workers can be another user's, else "own"."""
+
+    tier: str
+    user: str = "own"
+
+    @property
+    def has_zygote(self) -> bool:
+        """Whether workers are forked from a zygote; otherwise each is a plain process of its own."""
+        return self.tier in (isolation.NAMESPACES, isolation.CALLS_AND_FILES)
+
+    def __str__(self):
+        return f"{self.tier}: {isolation.SAID[self.tier]}"
+
+
+def chosen_isolation(wanted: str | None = None) -> Isolation:
+    """The strongest tier that works here, or the wanted one.   Raises UserError, with the reason, where that one does not work."""
+    if wanted in (isolation.NONE, isolation.CONTAINER):
+        return Isolation(wanted)
+    found = isolation.probe()
+    if wanted not in (None, *isolation.TIERS):
+        raise UserError(f"{wanted!r} is no tier of isolation: name one of {', '.join(isolation.TIERS)}.")
+    if wanted and isolation.TIERS.index(found.tier) > isolation.TIERS.index(wanted):
+        reasons = "; ".join(f"{layer}: {reason}" for layer, reason in found.layers.items() if reason)
+        raise UserError(f"the tier {wanted!r} does not work here ({reasons}): leave --isolation out to get {found.tier!r}, or use another machine.")
+    tier = wanted or found.tier
+    return Isolation(tier, "nobody" if tier != isolation.NONE and os.geteuid() == 0 and _is_readable_by_all() else "own")
+
+
+def _is_readable_by_all():
+    """Whether another user could read the interpreter and the course."""
+    ends = {Path(sys.prefix), Path(sys.base_prefix), ROOT}
+    return all(folder.stat().st_mode & 0o005 == 0o005 for end in ends for folder in (end, *end.parents))
+
+
+class Zygote:
+    """A running zygote, as a context manager; one worker at a time.   setups: sources of the set-up cells that are prepared in it."""
+
+    def __init__(self, how: Isolation, setups=()):
+        self.how, self.setups = how, list(setups)
+
+    def __enter__(self):
+        self.folder = tempfile.mkdtemp(prefix="labkit-zygote-")
+        os.chmod(self.folder, 0o777 if self.how.user == "nobody" else 0o700)
+        self.control, theirs = socket.socketpair()
+        own = dict.fromkeys(("TMPDIR", "HOME", "MPLCONFIGDIR"), self.folder)
+        environment = course_environment() | QUIET | _ENVIRONMENT | own
+        self.words = tempfile.TemporaryFile()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "labkit.grading.zygote", str(theirs.fileno()), self.how.tier, self.how.user, self.folder],
+                pass_fds=[theirs.fileno()], env=environment, cwd="/", start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=self.words, stderr=self.words,
+            )  # fmt: skip
+        try:
+            self.control.settimeout(_READY_SECONDS)
+            self._send(json.dumps(self.setups).encode() + b"\n")
+            self._receive()
+        except BaseException:
+            self.__exit__()
+            raise
+        self.control.settimeout(_REPLY_SECONDS)
+        return self
+
+    def __exit__(self, *exception):
+        self.control.close()
+        self.process.kill()
+        self.process.wait()
+        self.words.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def start(self, limits: Limits, descriptors) -> int:
+        """Fork a worker that reads requests from, answers into and prints to the three descriptors.   Returns its process id.
+
+        Raises ZygoteLost.
+        """
+        seconds = int(min(limits.notebook_seconds, 3600)) + 1
+        message = {"do": "start", "memory_mib": limits.memory_mib, "cpu_seconds": seconds, "file_mib": FOLDER_MIB}
+        try:
+            socket.send_fds(self.control, [json.dumps(message).encode()], descriptors)
+        except OSError as error:
+            raise ZygoteLost(str(error)) from None
+        return self._receive()["pid"]
+
+    def stop(self) -> None:
+        """Kill the worker. The next one starts when it is gone, and the folder empty.   Raises ZygoteLost."""
+        self._send(b'{"do": "stop"}')
+        self._receive()
+
+    def _send(self, data):
+        try:
+            self.control.sendall(data)
+        except OSError as error:
+            raise ZygoteLost(str(error)) from None
+
+    def _receive(self):
+        try:
+            data = self.control.recv(1 << 16)
+        except OSError as error:
+            raise ZygoteLost(str(error)) from None
+        if not data:
+            self.words.seek(0)
+            raise ZygoteLost(f"the zygote ended: {self.words.read()[-500:].decode(errors='replace').strip()}")
+        return json.loads(data)
+
+
+class IsolatedWorker(Worker):
+    """A `Worker` forked from a zygote."""
+
+    def __init__(self, limits: Limits, zygote: Zygote):
+        super().__init__(limits)
+        self.zygote, self.running = zygote, False
+
+    def start(self):
+        """As in `Worker`.   Raises ZygoteLost."""
+        pipes = [os.pipe() for _ in range(3)]
+        (theirs_in, ours_out), *outputs = pipes
+        theirs = [theirs_in, *(writing for _, writing in outputs)]
+        try:
+            self.zygote.start(self.limits, theirs)
+        except BaseException:
+            for descriptor in (ours_out, *(reading for reading, _ in outputs)):
+                os.close(descriptor)
+            raise
+        finally:
+            for descriptor in theirs:
+                os.close(descriptor)
+        self.running = True
+        self.requests, self.answers, self.words = ours_out, *(reading for reading, _ in outputs)
+        for descriptor in (self.requests, self.answers, self.words):
+            os.set_blocking(descriptor, False)
+        self.poll = select.poll()
+        self.poll.register(self.answers, select.POLLIN)
+        self.poll.register(self.words, select.POLLIN)
+
+    def stop(self):
+        """Kill the worker with everything in it."""
+        if self.running:
+            self.running = False
+            self.zygote.stop()
+
+    def clean_up(self):
+        """Close our ends; the zygote empties the folder."""
+        for descriptor in (self.requests, self.answers, self.words):
+            os.close(descriptor)
+
+    def listen(self):
+        """Nothing: one thread does it all, since Linux can wait for several pipes at a time."""
+
+    def exchange(self, message, seconds):
+        """As in `Worker`."""
+        if self.lost:
+            raise WorkerLost(self.lost)
+        left, received, length = memoryview(wire.encode(message)), bytearray(), None
+        until = time.monotonic() + seconds
+        self.poll.register(self.requests, select.POLLOUT)
+        while length is None or len(received) < length:
+            now = time.monotonic()
+            if now > min(until, self.until):
+                self.give_up_late(seconds)
+            for descriptor, _ in self.poll.poll(1000 * (min(until, self.until) - now) + 1):
+                if descriptor == self.requests:
+                    left = self._sent(left)
+                elif descriptor == self.words:
+                    self._heard()
+                else:
+                    block = self._read(descriptor)
+                    if not block:
+                        self.give_up("the process ended")
+                    received += block
+            if length is None and len(received) >= wire.HEADER_BYTES:
+                length = self._length(received)
+        if len(received) > length:
+            self.give_up("the process answered what it was not asked")
+        return self._decoded(bytes(received))
+
+    def _sent(self, left):
+        """Write what fits; what remains. A worker that is gone is noticed by its silence."""
+        try:
+            left = left[os.write(self.requests, left) :]
+        except BlockingIOError:
+            return left
+        except OSError:
+            left = left[len(left) :]
+        if not left:
+            self.poll.unregister(self.requests)
+        return left
+
+    def _heard(self):
+        block = self._read(self.words)
+        if block:
+            self.last_words.append(block[-200:])
+        else:
+            self.poll.unregister(self.words)
+
+    @staticmethod
+    def _read(descriptor):
+        try:
+            return os.read(descriptor, 1 << 16)
+        except OSError:
+            return b""
+
+    def _length(self, received):
+        try:
+            return wire.length_of(bytes(received[: wire.HEADER_BYTES]))
+        except wire.WireError as error:
+            self.give_up(str(error))
+
+    def _decoded(self, data):
+        try:
+            reply = wire.decode(data)
+        except wire.WireError as error:
+            self.give_up(str(error))
+        if not isinstance(reply, dict):
+            self.give_up("the process sent no answer")
+        return reply
