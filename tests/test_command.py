@@ -134,7 +134,7 @@ def test_every_requirement_has_an_exact_version_and_says_who_needs_it():
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
     assert len(lines) == len(install.pins())
     for line in lines:
-        assert re.fullmatch(r"[a-z][a-z-]*==\d+(\.\d+)+ +# [a-z].*: .+", line), line
+        assert re.fullmatch(r"[a-z][a-z0-9-]*==\d+(\.\d+)+ +# [a-z].*: .+", line), line
 
 
 def test_pyproject_names_the_packages_of_requirements_txt_and_the_same_pythons():

@@ -800,7 +800,7 @@ ACCIDENTS = {
     "case_hangs": (function("case_hangs", "while True:\n    pass"), "`case_hangs` was stopped: it took longer"),
     "case_ends_the_process": (function("case_ends_the_process", "import os\nos._exit(0)"), "was stopped: the process ended"),
     "case_crashes": (function("case_crashes", "import ctypes\nctypes.string_at(0)"), "was stopped: the process ended"),
-    "case_grows": (function("case_grows", "import time\nkept = b'x' * 2**29\ntime.sleep(600)"), "it used more than 700 MiB of memory"),
+    "case_grows": (function("case_grows", "import time\nkept = b'x' * 2**30\ntime.sleep(600)"), "it used more than 700 MiB of memory"),
     "case_exits": (function("case_exits", "exit()"), "raises SystemExit in line 2"),
     "case_recurses": (function("case_recurses", "return case_recurses(x)"), "raises RecursionError in line 2"),
     "case_sends_a_set": (function("case_sends_a_set", "return {x}"), "the answer cannot be read: the value, answer is a set"),
