@@ -5,6 +5,7 @@ from pathlib import Path
 
 HELP = "grade submissions: a folder, a zip from a learning platform, or notebooks; stopped at any moment, it goes on where it was"
 MARKS, OVERRIDES = "marks.csv", "overrides.csv"
+DRY_RUN = "dry-run"
 
 
 def add_arguments(parser):
@@ -17,7 +18,7 @@ def add_arguments(parser):
     parser.add_argument("--lanes", type=int, default=max(1, os.cpu_count() or 1), metavar="N", help="submissions at a time (one a core)")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="grade on a Dask cluster, tcp://host:port")
     parser.add_argument("--isolation", metavar="TIER", help="full, no-namespaces, container or none; without it, the strongest that works here")
-    parser.add_argument("--dry-run", action="store_true", help="grade the instructor's own solutions: everything must get all its points")
+    parser.add_argument("--dry-run", action="store_true", help="grade the instructor's own solutions, into RESULTS/dry-run: all must get full points")
     parser.add_argument("--benchmark", action="store_true", help="instead: how fast grading is here, against nbclient on the same cells")
     parser.add_argument("--no-feedback", action="store_true", help="records and grades.csv only")
     parser.add_argument("--names", choices=("hidden", "shown"), default="hidden", help="on the leaderboard and on the pages for marking (hidden)")
@@ -29,6 +30,8 @@ def main(args):
     from filelock import FileLock, Timeout
 
     from labkit.errors import UserError
+    from labkit.grading.assignment import default_assignment, read_assignment
+    from labkit.grading.grade import clear_unfinished
     from labkit.grading.sandbox import chosen_isolation
     from labkit.grading.secret import read_secret
 
@@ -38,7 +41,10 @@ def main(args):
         for line in run_benchmark(chosen_isolation(args.isolation), args.lanes):
             print(line, flush=True)
         return 0
-    assignment = _assignment(args)
+    _check(args)
+    assignment = read_assignment(args.assignment) if args.assignment else default_assignment()
+    if args.dry_run:
+        args.out /= DRY_RUN  # where no student's record is
     secret, made = read_secret(args.secret)
     if made:
         from labkit.grading.secret import secret_path
@@ -49,6 +55,7 @@ def main(args):
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         with FileLock(args.out / ".lock", timeout=0):
+            clear_unfinished(args.out)
             return _grade(args, assignment, secret, isolation)
     except Timeout:
         raise UserError(f"{args.out} is being written by another `grade`: wait until it is done, or name another folder.") from None
@@ -57,9 +64,9 @@ def main(args):
                         "same command again.") from None
 
 
-def _assignment(args):
+def _check(args):
+    """Raises UserError for arguments that cannot be meant."""
     from labkit.errors import UserError
-    from labkit.grading.assignment import default_assignment, read_assignment
 
     if args.lanes < 1:
         raise UserError(f"--lanes is {args.lanes}; at least 1 is needed.")
@@ -67,7 +74,11 @@ def _assignment(args):
         raise UserError("name a folder for the results: --out RESULTS.")
     if bool(args.submissions) == args.dry_run:
         raise UserError("name the submissions, or --dry-run without any: it grades the solutions of the source notebooks.")
-    return read_assignment(args.assignment) if args.assignment else default_assignment()
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"{args.out} is a file: name a folder, which --out makes where there is none.")
+    for path in args.submissions:
+        if args.out.resolve().is_relative_to(path.resolve()):
+            raise UserError(f"{args.out} lies in {path}, where it would be taken for a student's folder: name a folder outside.")
 
 
 def _grade(args, assignment, secret, isolation):
@@ -77,7 +88,9 @@ def _grade(args, assignment, secret, isolation):
     from labkit.grading.cluster import grade_on_cluster
     from labkit.grading.grade import course_of, grade_all, job_of, ungraded
     from labkit.grading.results import read_records
+    from labkit.quiet import quiet_libraries
 
+    quiet_libraries()
     course = course_of(assignment, secret, isolation)
     submissions = _submissions(args, assignment)
     jobs = [job_of(submission, course) for submission in tqdm(submissions, desc="reading", unit="submission", leave=False)]
@@ -91,11 +104,11 @@ def _grade(args, assignment, secret, isolation):
             failed = grade_on_cluster(todo, course, args.out, args.scheduler, lambda graded: bar.update())
         else:
             failed = grade_all(todo, course, args.out, min(args.lanes, len(todo)), lambda graded: bar.update())
+    for sentence in failed:
+        print(printable(sentence))
     records = [graded for graded in read_records(args.out) if graded.assignment == assignment.name]
     records = _merged(args, records)
     write_results(args, assignment, secret, records)
-    for sentence in failed:
-        print(printable(sentence))
     print(_summary(args.out, records))
     if args.dry_run:
         return _check_dry_run(records)
@@ -104,15 +117,17 @@ def _grade(args, assignment, secret, isolation):
 
 def _submissions(args, assignment):
     from labkit.errors import UserError
-    from labkit.grading.submissions import find_submissions
+    from labkit.exercises.judging import printable
+    from labkit.grading.archives import list_files
+    from labkit.grading.submissions import Submission, find_submissions
 
     if args.dry_run:
-        return find_submissions([assignment.source / f"{stem}.ipynb" for stem in assignment.notebooks], assignment)
+        return [Submission(DRY_RUN, None, {stem: list_files(assignment.source / f"{stem}.ipynb").files[0] for stem in assignment.notebooks})]
     found = find_submissions(args.submissions, assignment)
     if args.student:
         missing = sorted(set(args.student) - {submission.student for submission in found})
         if missing:
-            raise UserError(f"{missing[0]!r} handed in nothing here: the students are {', '.join(s.student for s in found[:20])}.")
+            raise UserError(f"{missing[0]!r} handed in nothing here: the students are {', '.join(printable(s.student) for s in found[:20])}.")
         found = [submission for submission in found if submission.student in args.student]
     return found
 
@@ -138,7 +153,9 @@ def write_results(args, assignment, secret, records):
     roster = assignment.roster
     exports.write_grades(args.out, records)
     if not args.no_feedback:
-        feedback.write_feedback(args.out, records, assignment.title, assignment.deadline)
+        hidden = assignment.performance and args.names == "hidden"
+        boards = {graded.student: leaderboard.pseudonym(secret, assignment.name, graded.student) for graded in records} if hidden else {}
+        feedback.write_feedback(args.out, records, assignment.title, assignment.deadline, boards)
         class_report.write_report(args.out, records, assignment.title, roster)
         if assignment.questions:
             questions.write_questions(args.out, records, assignment.source, args.names == "shown")

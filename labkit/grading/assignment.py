@@ -41,7 +41,9 @@ class Student:
 
 @dataclass(frozen=True)
 class PerformanceTask:
-    """What a submitted adapter is rolled out on.   task, retention_tasks: names of labkit.tabletop.tasks.   episodes: for each task.
+    """What a submitted adapter is rolled out on.   task, retention_tasks: names of labkit.tabletop.tasks.
+
+    episodes: of the new task; the old ones share as many.
 
     points: at most.   size_mib: of the adapter's file, at most.
     """

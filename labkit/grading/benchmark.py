@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from labkit.grading.assignment import Assignment
+from labkit.grading.assignment import Assignment, PerformanceTask
 from labkit.grading.grade import course_of, grade_all, job_of
 from labkit.grading.results import read_records, read_seconds
 from labkit.grading.sandbox import Isolation
@@ -33,8 +33,8 @@ from labkit.submission.cells import SETUP_TAG, grade_id, read_notebook
 LESSON = "04"
 SECRET = "a secret for the benchmark alone"
 _BY_NBCLIENT = 3
-# What becomes of a solution, and how often: as in a class, most are right, some stay stubs, a few do not end.
-_KINDS = {"solved": 60, "stub": 12, "None": 10, "SyntaxError": 6, "NameError": 6, "noisy": 5, "endless": 1}
+# What becomes of a solution, and in how many of a thousand: most are right, some stay stubs, and about one notebook in a hundred does not end.
+_KINDS = {"solved": 600, "stub": 120, "None": 107, "SyntaxError": 60, "NameError": 60, "noisy": 50, "endless": 3}
 _BROKEN = {
     "None": "def {entry}(*arguments):\n    return None\n", "SyntaxError": "def {entry}(:\n", "NameError": "def {entry}(*a):\n    return undefined\n",
     "noisy": "print('x' * 1_000_000)\n", "endless": "while True:\n    pass\n",
@@ -72,6 +72,7 @@ def run_benchmark(isolation: Isolation, lanes: int, count: int = 200, many: int 
         yield str(plain)
         yield str(_timed("everything on", assignment, isolation, lanes, out / "solved", out / "b", pages=True))
         yield str(_timed("mixed quality", assignment, isolation, lanes, out / "mixed", out / "c", pages=True))
+        yield f"{'adapters':<24} {by_adapters():.1f} s each, 200 episodes, one lane"
         seconds = by_nbclient(source)
         yield (f"{'peer: nbclient':<24} {seconds:.2f} s a submission, one after the other, the same cells and checks in one kernel each "
                f"(median of {_BY_NBCLIENT}): ratio {seconds * plain.submissions / plain.seconds:.0f}")
@@ -134,6 +135,28 @@ def by_nbclient(source: dict) -> float:
     for _ in range(_BY_NBCLIENT):
         begun = time.perf_counter()
         NotebookClient(copy.deepcopy(notebook), timeout=300, kernel_name="python3").execute()
+        taken.append(time.perf_counter() - begun)
+    return float(np.median(taken))
+
+
+def by_adapters(count: int = 3) -> float:
+    """Median seconds to grade an adapter that ruins the policy: no episode ends before its last decision, so that none takes longer."""
+    import torch
+    from safetensors.torch import save
+
+    from labkit.grading.performance import AdapterGrader
+
+    grader = AdapterGrader(PerformanceTask("stack", 10.0, ("pick", "put", "move", "beside")), SECRET, "benchmark")
+    drawn, tensors = torch.Generator().manual_seed(0), {}
+    for layer, (out, width) in grader.layers.items():
+        if "language_model" in layer:
+            for half, shape in (("A", (16, width)), ("B", (out, 16))):
+                tensors[f"base_model.model.{layer}.lora_{half}.weight"] = torch.randn(shape, generator=drawn)
+    grader.grade(save(tensors))  # rolls out the untouched policy, too, once for all
+    taken = []
+    for _ in range(count):
+        begun = time.perf_counter()
+        grader.grade(save(tensors))
         taken.append(time.perf_counter() - begun)
     return float(np.median(taken))
 

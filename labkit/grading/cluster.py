@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from time import perf_counter
 
 from labkit.errors import UserError
@@ -17,6 +18,7 @@ from labkit.grading.sandbox import chosen_isolation
 
 _SECONDS_TO_CONNECT = 30
 _graders: dict[bytes, Grader] = {}
+_making = Lock()  # a worker process may have several threads
 
 
 def grade_remote(course: Course, job: Job) -> tuple[Graded, float]:
@@ -24,13 +26,15 @@ def grade_remote(course: Course, job: Job) -> tuple[Graded, float]:
 
     A process keeps one grader, for the course that it was asked for last.   Raises UserError where the isolation asked for does not work there.
     """
-    if course.digest not in _graders:
-        chosen_isolation(course.isolation.tier)
-        while _graders:
-            _graders.popitem()[1].__exit__()
-        _graders[course.digest] = Grader(course).__enter__()
+    with _making:
+        if course.digest not in _graders:
+            chosen_isolation(course.isolation.tier)
+            while _graders:
+                _graders.popitem()[1].__exit__()
+            _graders[course.digest] = Grader(course).__enter__()
+        grader = _graders[course.digest]
     begun = perf_counter()
-    return _graders[course.digest].grade(job), perf_counter() - begun
+    return grader.grade(job), perf_counter() - begun
 
 
 def grade_on_cluster(jobs: list[Job], course: Course, out: Path, address: str,
@@ -55,10 +59,10 @@ def grade_on_cluster(jobs: list[Job], course: Course, out: Path, address: str,
         futures = {client.submit(grade_remote, course, job, pure=False, retries=1): job for job in jobs}
         for future in as_completed(futures):
             job = futures[future]
-            if future.status != "finished":
-                error = future.exception()
+            try:
+                graded, seconds = future.result()
+            except Exception as error:  # its own, or the cluster's, whose scheduler may be gone
                 failed.append(f"{job.student} could not be graded ({type(error).__name__}: {error}); run the command again.")
                 continue
-            graded, seconds = future.result()
             on_graded(keep(out, job, graded, seconds))
     return failed

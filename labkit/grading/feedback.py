@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 from labkit.exercises.judging import CORRECT, NOT_ATTEMPTED, WRONG
 from labkit.grading.pages import names_of, points, template
@@ -112,7 +113,7 @@ _PAGE = """
 {% endfor %}
 </tbody>
 </table>
-<p class="quiet">Episodes: {{ p.episodes }}.</p>
+<p class="quiet">Episodes: {{ p.episodes }}.{% if board %} On the leaderboard you are <bdi>{{ board }}</bdi>.{% endif %}</p>
 {% endif %}
 {% endif %}
 
@@ -144,8 +145,11 @@ Reason: <bdi>{{ o.reason }}</bdi></li>
 """
 
 
-def feedback_page(graded: Graded, title: str = "", deadline: datetime | None = None, name: str = "") -> str:
-    """The page of one student, as HTML that needs nothing else.   title: the assignment's.   name: as `pages.names_of` has it."""
+def feedback_page(graded: Graded, title: str = "", deadline: datetime | None = None, name: str = "", board: str = "") -> str:
+    """The page of one student, as HTML that needs nothing else.   title: the assignment's.   name: as `pages.names_of` has it.
+
+    board: the student's name on the leaderboard.
+    """
     by_hand = {override.item: override for override in graded.overrides if override.item in graded.items}
     notebooks: dict[str, list] = {}
     for verdict in graded.verdicts:
@@ -153,7 +157,8 @@ def feedback_page(graded: Graded, title: str = "", deadline: datetime | None = N
     return template(_PAGE).render(
         graded=graded, heading=f"Feedback: {title or graded.assignment}", name=name or names_of([graded])[graded.student], parts=_parts(graded),
         before=sum(graded.earned(item) or 0 for item in graded.items), lateness=_lateness(graded, deadline), notebooks=notebooks,
-        titles=exercise_titles(), signs=SIGNS, by_hand=by_hand, tier=_TIERS.get(graded.isolation, "How your code was isolated is not known."),
+        titles=exercise_titles(), signs=SIGNS, by_hand=by_hand, board=board,
+        tier=_TIERS.get(graded.isolation, "How your code was isolated is not known."),
     )  # fmt: skip
 
 
@@ -194,11 +199,12 @@ def exercise_titles() -> dict[str, str]:
     return {exercise.id: exercise.title for exercise in all_exercises().values()}
 
 
-def write_feedback(folder: Path, records: Iterable[Graded], title: str = "", deadline: datetime | None = None) -> list[Path]:
-    """Write FOLDER/feedback/STUDENT.html for every record.   Returns the paths."""
+def write_feedback(folder: Path, records: Iterable[Graded], title: str = "", deadline: datetime | None = None,
+                   boards: Mapping[str, str] = MappingProxyType({})) -> list[Path]:
+    """Write FOLDER/feedback/STUDENT.html for every record.   boards: student -> name on the leaderboard.   Returns the paths."""
     records = list(records)
     names = names_of(records)
     paths = [Path(folder) / FEEDBACK / f"{file_name(graded.student)}.html" for graded in records]
     for path, graded in zip(paths, records):
-        write_whole(path, feedback_page(graded, title, deadline, names[graded.student]))
+        write_whole(path, feedback_page(graded, title, deadline, names[graded.student], boards.get(graded.student, "")))
     return paths

@@ -11,12 +11,12 @@ import hmac
 import inspect
 import json
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from queue import SimpleQueue
@@ -26,6 +26,7 @@ from labkit.errors import UserError
 from labkit.exercises import judging
 from labkit.exercises.exercise import Exercise
 from labkit.exercises.judging import AnswerKey, Verdict
+from labkit.freeze import CHECKPOINT
 from labkit.grading.assignment import Assignment, late
 from labkit.grading.questions import carried_over
 from labkit.grading.results import Graded, Late, Performance, Question, read_record, record_path, write_record
@@ -36,6 +37,7 @@ from labkit.submission.cells import Cells, cells_of
 from labkit.submission.cells import read_notebook as read_source
 
 _TRIES = 2
+_ENDED = "the process ended"  # as workers say it
 _NOTHING_THERE = "No notebook was handed in for it."
 
 
@@ -64,15 +66,23 @@ class Course:
     isolation: Isolation
     setups: tuple[str, ...]
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
         """Over everything, besides the submission, that a record depends on: what is asked, how it is judged, and the secret."""
         exercises = self.assignment.exercises
         sources = {inspect.getsource(sys.modules[type(exercise).__module__]) for _, exercise in exercises}
         parts = [self.assignment.name, self.assignment.release, self.isolation.tier, [(e.id, e.points) for _, e in exercises], sorted(sources),
                  inspect.getsource(judging), [asdict(q) for q in self.assignment.questions],
-                 asdict(self.assignment.performance) if self.assignment.performance else None]
+                 self._performance()]
         return hmac.new(self.secret.encode(), json.dumps(parts).encode(), hashlib.sha256).digest()
+
+    def _performance(self):
+        if self.assignment.performance is None:
+            return None
+        from labkit.grading import performance
+
+        checkpoint = hashlib.sha256((CHECKPOINT / "model.safetensors").read_bytes()).hexdigest()
+        return [asdict(self.assignment.performance), inspect.getsource(performance), checkpoint]
 
 
 def course_of(assignment: Assignment, secret: str, isolation: Isolation) -> Course:
@@ -135,8 +145,9 @@ class Grader:
                     for lane in threads.map(_Lane.__enter__, lanes):
                         self._free.put(lane)
             except ZygoteLost as lost:
-                raise UserError(f"no student's code can be run here ({judging.printable(str(lost))[-300:]}): see what `python3 -m labkit doctor` "
-                                "says, or choose another --isolation.") from None
+                reason = ["", *str(lost).splitlines()][-1]
+                raise UserError(f"no student's code can be run here ({judging.printable(reason)[:300]}): see what `python3 -m labkit doctor` says, "
+                                "or choose another --isolation.") from None
             self._stack = stack.pop_all()
         return self
 
@@ -192,21 +203,32 @@ class _Lane:
 
     def examine(self, cells, exercises, key_of):
         for attempt in range(1, _TRIES + 1):
+            workers = []
             try:
                 self._start()
-                return apart.examine(cells, exercises, LIMITS, key_of=key_of, new_worker=self._workers())
+                verdicts = apart.examine(cells, exercises, LIMITS, key_of=key_of, new_worker=self._workers(workers))
             except ZygoteLost:
                 self._end()
                 if attempt == _TRIES or self.closed:
                     raise
+            else:
+                # It may have been killed for what others did: a machine that runs out of memory picks any process.
+                if attempt == _TRIES or not any(worker.lost == _ENDED for worker in workers):
+                    return verdicts
 
-    def _workers(self):
-        if not self.course.isolation.has_zygote:
-            return apart.Worker
+    def _workers(self, made):
+        """What makes a worker and notes it in the list `made`."""
         zygote = self.zygote
-        return lambda limits: IsolatedWorker(limits, zygote)
+
+        def make(limits):
+            made.append(IsolatedWorker(limits, zygote) if self.course.isolation.has_zygote else apart.Worker(limits))
+            return made[-1]
+
+        return make
 
     def _start(self):
+        if self.closed:
+            raise ZygoteLost("the grader has ended")
         if self.course.isolation.has_zygote and self.zygote is None:
             self.zygote = Zygote(self.course.isolation, self.course.setups).__enter__()
 
@@ -221,20 +243,18 @@ _adapter_grader = None
 
 def _prepare_adapters(assignment, secret):
     global _adapter_grader
+    from labkit.grading import isolation
     from labkit.grading.performance import AdapterGrader
     from labkit.quiet import quiet_libraries
 
+    if sys.platform.startswith("linux"):
+        isolation.end_with_parent()  # one of several that wait for work does not notice that nobody is left to give it any
     quiet_libraries()
     _adapter_grader = AdapterGrader(assignment.performance, secret, assignment.name)
 
 
 def _grade_adapter(adapter: bytes | None) -> Performance:
-    if adapter is None:
-        return _adapter_grader.grade(None)
-    with tempfile.TemporaryDirectory(prefix="labkit-adapter-") as folder:
-        path = Path(folder) / "adapter_model.safetensors"
-        path.write_bytes(adapter)
-        return _adapter_grader.grade(path)
+    return _adapter_grader.grade(adapter)
 
 
 def ungraded(jobs: Iterable[Job], out: Path) -> list[Job]:

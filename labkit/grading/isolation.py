@@ -42,12 +42,13 @@ _FILE_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 1
 _OF_FILES = _EXECUTE | _READ_FILE | 1 << 1 | 1 << 14 | 1 << 15  # the rights that a file, and not only a folder, can have
 _NOBODY = 65534
 
-# What Python, numpy and torch ask of Linux to compute, and to read and write files in a folder of their own.
+# What Python, numpy and torch ask of Linux to compute, and to read and write files in a folder of their own. Modes and times of files are not
+# among it: Landlock does not watch over them, and the worker may have the same user as the files outside.
 _ALLOWED_CALLS = """
     read write readv writev pread64 pwrite64 preadv pwritev lseek close close_range open openat creat dup dup2 dup3 fcntl flock
     stat fstat lstat newfstatat statx statfs fstatfs access faccessat faccessat2 readlink readlinkat getcwd chdir fchdir getdents getdents64
-    mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 truncate ftruncate fallocate fsync fdatasync sync_file_range umask chmod fchmod
-    fchmodat utimensat copy_file_range sendfile fadvise64 readahead pipe pipe2 poll ppoll select pselect6 eventfd2 socketpair shutdown
+    mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 truncate ftruncate fallocate fsync fdatasync sync_file_range umask
+    copy_file_range sendfile fadvise64 readahead pipe pipe2 poll ppoll select pselect6 eventfd2 socketpair shutdown
     epoll_create1 epoll_create epoll_ctl epoll_wait epoll_pwait mmap mprotect munmap mremap madvise mincore msync brk membarrier mlock munlock
     futex futex_waitv set_robust_list get_robust_list set_tid_address rseq gettid getpid getppid getuid geteuid getgid getegid getresuid getresgid
     getgroups getpgrp getpgid getsid sched_yield sched_getaffinity sched_getparam sched_getscheduler sched_get_priority_max

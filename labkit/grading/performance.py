@@ -6,11 +6,13 @@ The page that compares adapters is in leaderboard.py.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import hmac
 import json
 import math
 import stat
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cached_property
@@ -28,6 +30,7 @@ from labkit.policy import Policy, load_policy
 from labkit.rollouts import lock_step, wilson
 from labkit.tabletop import Tabletop
 
+Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 # alpha / r of `labkit.sft.lora`, whose alpha is 2 * rank unless another is asked for.
 SCALING = 2.0
 HIGHEST_RANK = 64
@@ -44,7 +47,7 @@ _PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _SAVE = "save it with `policy.save(folder)` and hand in adapter_model.safetensors"
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """Why an adapter gets no points, in one sentence for the student."""
 
 
@@ -69,9 +72,9 @@ def share_of_points(success: float, retention: float, untouched_success: float, 
         share = learned * (1 + kept) / 2
 
     Continuous, and never less for one success more. The lower ends, so that points stand for what the episodes show and not for luck: the
-    lower end of a rate is below that rate, hence the untouched policy and one that does nothing earn exactly 0. Retention multiplies:
-    alone it is worth nothing, since who hands in no change at all keeps everything. With 100 episodes each, 90 successes
-    on either side are enough for all points where the untouched policy has none on the new task and all on the old ones.
+    lower end of a rate is never above that rate, hence the untouched policy and one that does nothing earn exactly 0. Retention multiplies:
+    alone it is worth nothing, since who hands in no change at all keeps everything. With 100 episodes each, 90 successes on either side are
+    enough for all points where the untouched policy has none on the new task and all on the old ones.
     """
     learned = (success - untouched_success) / (ENOUGH * (perfect - untouched_success))
     kept = retention / (ENOUGH * untouched_retention) if untouched_retention else 1.0
@@ -86,8 +89,10 @@ def in_quarters(share: float, points: float) -> float:
 class AdapterGrader:
     """Grades adapters for one assignment's performance task; made once, it keeps the base policy and nothing of any submission.
 
-    task: how many `episodes` the new task gets; the old ones share as many, in equal parts.   secret: the course's.   assignment: its name.
+    task: the new task gets its `episodes`, and the old ones share as many, in equal parts.   secret: the course's.   assignment: its name.
     policy: the base, default the shipped one, on the CPU.
+    The rank is read from the shapes; alpha is always 2 * rank, whatever a configuration says. Whoever trained with another alpha multiplies
+    every B by alpha / (2 * rank) before handing in.
     """
 
     def __init__(self, task: PerformanceTask, secret: str, assignment: str, policy: Policy | None = None):
@@ -113,37 +118,33 @@ class AdapterGrader:
 
     @property
     def _perfect(self):
-        return wilson(self.task.episodes, self.task.episodes)[0]
+        return _low(self.task.episodes, self.task.episodes)
 
-    @property
-    def _old_episodes(self):
-        return len(self.episodes) - self.task.episodes
+    def grade(self, adapter: Path | bytes | None, on_episode: Callable[[], object] = lambda: None) -> Performance:
+        """What this adapter is worth; the same bytes give the same record.
 
-    def grade(self, path: Path | None, on_episode: Callable[[], object] = lambda: None) -> Performance:
-        """What the adapter in this file is worth; the same bytes give the same record.
-
-        path: of a safetensors file as `policy.save` writes it; None or a missing one means that none was handed in. Whatever else is wrong
-        with it is said in the record's message, with 0 points.   on_episode: called at the end of each of `len(self.episodes)` episodes.
+        adapter: a safetensors file as `policy.save` writes it, or its bytes; None or a missing file means that none was handed in. Whatever
+        else is wrong is said in the record's message, with 0 points.   on_episode: called at the end of each of `len(self.episodes)` episodes.
         Raises UserError where the task itself cannot be graded.
         """
-        task = self.task
         try:
-            pairs = read_adapter(path, self.layers, task.size_mib)
+            pairs = read_adapter(adapter, self.layers, self.task.size_mib)
             new, old = self.roll_out(merged(self.base, pairs), on_episode)
-        except _Refused as refused:
-            return Performance(task.task, task.points, 0.0, printable(str(refused)))
-        new_before, old_before = self.untouched
-        success, retention = _span(new, task.episodes), _span(old, self._old_episodes)
-        _, success_low, _ = success
-        _, retention_low, _ = retention or (0.0, 0.0, 0.0)
-        _, retention_low_before, _ = _span(old_before, self._old_episodes) or (0.0, 0.0, 0.0)
-        share = share_of_points(success_low, retention_low, new_before / task.episodes, retention_low_before, self._perfect)
+        except Refused as refused:
+            return Performance(self.task.task, self.task.points, 0.0, printable(str(refused)))
         ranks = sorted({len(a) for a, _ in pairs.values()})
-        message = (f"LoRA of rank {' and '.join(map(str, ranks))} on {len(pairs)} layers, its update scaled by {SCALING:g}: it finishes {new} of "
-                   f"{task.episodes} hidden episodes of {task.task} (the untouched policy {new_before})")
-        if retention:
-            message += f" and {old} of {self._old_episodes} of {', '.join(task.retention_tasks)} (the untouched policy {old_before})"
+        kind = f"LoRA of rank {' and '.join(map(str, ranks))} on {len(pairs)} layer{'s' * (len(pairs) > 1)}, its update scaled by {SCALING:g}"
+        return self._judged(kind, new, old)
+
+    def _judged(self, kind, new, old):
+        task, most_new, most_old = self.task, self.task.episodes, len(self.episodes) - self.task.episodes
+        new_before, old_before = self.untouched
+        share = share_of_points(_low(new, most_new), _low(old, most_old), new_before / most_new, _low(old_before, most_old), self._perfect)
+        message = f"{kind}: it finishes {new} of {most_new} hidden episodes of {task.task} (the untouched policy {new_before})"
+        if most_old:
+            message += f" and {old} of {most_old} of {', '.join(task.retention_tasks)} (the untouched policy {old_before})"
         message += f"; with the lower ends of the 95 % intervals that is {math.floor(100 * share)} % of the points."
+        success, retention = _span(new, most_new), _span(old, most_old) if most_old else None
         return Performance(task.task, task.points, in_quarters(share, task.points), message, success, retention, len(self.episodes))
 
     def roll_out(self, policy, on_episode: Callable[[], object] = lambda: None) -> tuple[int, int]:
@@ -154,12 +155,18 @@ class AdapterGrader:
             environments = [Tabletop(task) for task, _ in some]
             observations = [env.reset(seed=seed)[0] for env, (_, seed) in zip(environments, some)]
             successes.append(lock_step(careful, environments, observations, on_episode)[0])
+            del environments, observations
+            _give_memory_back()
         found = np.concatenate(successes)
         return int(found[: self.task.episodes].sum()), int(found[self.task.episodes :].sum())
 
 
 def _span(successes, episodes):
-    return (successes / episodes, *wilson(successes, episodes)) if episodes else None
+    return (successes / episodes, *wilson(successes, episodes))
+
+
+def _low(successes, episodes):
+    return wilson(successes, episodes)[0] if episodes else 0.0
 
 
 class _Careful:
@@ -172,7 +179,7 @@ class _Careful:
         with _same_arithmetic():
             decision = self.policy.decide(observations)
         if not np.isfinite(decision.probabilities).all():
-            raise _Refused("With this adapter the policy computes numbers that are not finite: train with a smaller learning rate.")
+            raise Refused("With this adapter the policy computes numbers that are not finite: train with a smaller learning rate.")
         return decision
 
 
@@ -189,7 +196,15 @@ def _same_arithmetic():
         torch.set_num_threads(threads)
 
 
-def merged(base: Policy, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Policy:
+def _give_memory_back():
+    """Return freed memory to the system. glibc keeps what many simulations have left in pieces, otherwise: over 10 MB more for each adapter."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
+
+
+def merged(base: Policy, pairs: Pairs) -> Policy:
     """A copy of the base whose weights (out, in) are W + SCALING * B A.   pairs: layer -> A (r, in), B (out, r)."""
     policy = base.copy()
     with torch.no_grad():
@@ -197,53 +212,57 @@ def merged(base: Policy, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) ->
             weight = policy.model.get_submodule(name).weight
             weight += SCALING * (b @ a)
             if not weight.isfinite().all():
-                raise _Refused(f"The adapter's numbers for {name} are so large that the merged weight is not finite: train with a smaller "
+                raise Refused(f"The adapter's numbers for {name} are so large that the merged weight is not finite: train with a smaller "
                                "learning rate.")
     return policy
 
 
-def read_adapter(path: Path | None, layers: dict[str, tuple[int, int]], size_mib: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def read_adapter(adapter: Path | bytes | None, layers: dict[str, tuple[int, int]], size_mib: float) -> Pairs:
     """The LoRA matrices of a file that nobody vouches for, as float32: layer -> A (r, in), B (out, r).
 
     layers: the linear layers that may have an update, with (out, in).   size_mib: the largest file.
-    Raises _Refused, with a sentence for the student.
+    Raises Refused, with a sentence for the student.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    data = _bytes_of(path, size_mib)
+    data = _bytes_of(adapter, size_mib)
     ranks = _ranks(_entries(data, 2 * len(layers)), layers)
     try:
         # Offsets that overlap, leave gaps, run over the end or do not fit the shape are the library's to find.
         tensors = load(data)
     except SafetensorError as error:
-        raise _Refused(f"The adapter is damaged ({str(error)[:100]}): {_SAVE}.") from None
+        raise Refused(f"The adapter is damaged ({str(error)[:100]}): {_SAVE}.") from None
     pairs = {}
     for name in ranks:
         pairs[name] = tuple(tensors[f"{_PREFIX}{name}{half}"].to(torch.float32) for half in (_A, _B))
         if not all(half.isfinite().all() for half in pairs[name]):
-            raise _Refused(f"The adapter's matrices for {name} hold NaN or infinity: train with a smaller learning rate.")
+            raise Refused(f"The adapter's matrices for {name} hold NaN or infinity: train with a smaller learning rate.")
     return pairs
 
 
-def _bytes_of(path, size_mib):
-    missing = _Refused(f"No adapter was handed in: {_SAVE}.")
+def _bytes_of(adapter, size_mib):
+    limit = int(size_mib * 2**20)
+    data = adapter if isinstance(adapter, bytes) else _read(adapter, limit + 1)
+    if len(data) > limit:
+        raise Refused(f"The adapter is larger than {size_mib:g} MiB: hand in the LoRA matrices only, not the model.")
+    return data
+
+
+def _read(path, most):
+    missing = Refused(f"No adapter was handed in: {_SAVE}.")
     if path is None:
         raise missing
-    limit = int(size_mib * 2**20)
     try:
         # A pipe or a device would be waited for, or never end.
         if not stat.S_ISREG(path.stat().st_mode):
-            raise _Refused(f"The adapter is not a file: {_SAVE}.")
+            raise Refused(f"The adapter is not a file: {_SAVE}.")
         with open(path, "rb") as file:
-            data = file.read(limit + 1)
-    except FileNotFoundError:
+            return file.read(most)
+    except (FileNotFoundError, ValueError):  # the latter: a name that no file can have
         raise missing from None
     except OSError as error:
-        raise _Refused(f"The adapter cannot be read ({type(error).__name__}): {_SAVE}.") from None
-    if len(data) > limit:
-        raise _Refused(f"The adapter is larger than {size_mib:g} MiB: hand in the LoRA matrices only, not the model.")
-    return data
+        raise Refused(f"The adapter cannot be read ({type(error).__name__}): {_SAVE}.") from None
 
 
 def _entries(data, most):
@@ -251,23 +270,23 @@ def _entries(data, most):
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(len(data) - 8, _LONGEST_HEADER):
         kind = "a pickle or a zip, which could run code and is not opened" if data[:2] in _PICKLES else "not a safetensors file"
-        raise _Refused(f"The adapter is {kind}: {_SAVE}.")
+        raise Refused(f"The adapter is {kind}: {_SAVE}.")
     try:
         header = json.loads(data[8 : 8 + length].decode("utf-8"), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError):
-        raise _Refused(f"The adapter's header is damaged: {_SAVE}.") from None
+        raise Refused(f"The adapter's header is damaged: {_SAVE}.") from None
     if not isinstance(header, dict):
-        raise _Refused(f"The adapter's header is damaged: {_SAVE}.")
+        raise Refused(f"The adapter's header is damaged: {_SAVE}.")
     header.pop("__metadata__", None)
     if not header:
-        raise _Refused("The adapter holds no tensor: fine-tune with `peft_config=lora(rank)` before you save it.")
+        raise Refused("The adapter holds no tensor: fine-tune with `peft_config=lora(rank)` before you save it.")
     if len(header) > most:
-        raise _Refused(f"The adapter holds {len(header):,} tensors; a LoRA of this model has {most} at most.")
+        raise Refused(f"The adapter holds {len(header):,} tensors; a LoRA of this model has {most} at most.")
     found = {}
     for name, entry in header.items():
         shape = entry.get("shape") if isinstance(entry, dict) else None
         if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-            raise _Refused(f"The adapter's header gives {_quoted(name)} no shape: {_SAVE}.")
+            raise Refused(f"The adapter's header gives {_quoted(name)} no shape: {_SAVE}.")
         found[name] = entry.get("dtype"), tuple(shape)
     return found
 
@@ -285,10 +304,10 @@ def _ranks(entries, layers):
     for name, (dtype, shape) in entries.items():
         layer, half = name.removeprefix(_PREFIX)[: -len(_A)], name[-len(_A) :]
         if not name.startswith(_PREFIX) or half not in (_A, _B) or layer not in layers:
-            raise _Refused(f"The adapter holds {_quoted(name)}, which is no LoRA matrix of a linear layer of the course's model: whole weights, "
+            raise Refused(f"The adapter holds {_quoted(name)}, which is no LoRA matrix of a linear layer of the course's model: whole weights, "
                            "biases, embeddings, the output layer, DoRA and other methods are not accepted.")
         if dtype not in _FLOATS:
-            raise _Refused(f"The adapter's {_quoted(name)} has the dtype {_quoted(dtype)}; floats are accepted: {', '.join(_FLOATS)}.")
+            raise Refused(f"The adapter's {_quoted(name)} has the dtype {_quoted(dtype)}; floats are accepted: {', '.join(_FLOATS)}.")
         halves.setdefault(layer, {})[half] = shape
     return {layer: _rank(layer, halves[layer], *layers[layer]) for layer in sorted(halves)}
 
@@ -296,14 +315,14 @@ def _ranks(entries, layers):
 def _rank(layer, shapes, outputs, inputs):
     if len(shapes) < 2:
         missing = (_B if _A in shapes else _A).removeprefix(".").removesuffix(".weight")
-        raise _Refused(f"The adapter has no {missing} for {layer}: {_SAVE}.")
+        raise Refused(f"The adapter has no {missing} for {layer}: {_SAVE}.")
     a, b = shapes[_A], shapes[_B]
     rank = a[0] if a else 0
     if a != (rank, inputs) or b != (outputs, rank):
-        raise _Refused(f"The adapter's matrices for {layer} have the shapes {_quoted(a)} and {_quoted(b)}; A is (r, {inputs}) and B is "
+        raise Refused(f"The adapter's matrices for {layer} have the shapes {_quoted(a)} and {_quoted(b)}; A is (r, {inputs}) and B is "
                        f"({outputs}, r) there: was it trained on another model?")
     if not 1 <= rank <= HIGHEST_RANK:
-        raise _Refused(f"The adapter's rank for {layer} is {rank}; accepted are 1 to {HIGHEST_RANK}.")
+        raise Refused(f"The adapter's rank for {layer} is {rank}; accepted are 1 to {HIGHEST_RANK}.")
     return rank
 
 

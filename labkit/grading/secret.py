@@ -32,8 +32,12 @@ def read_secret(path: Path | None = None) -> tuple[str, bool]:
         if made:
             wanted.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(wanted, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(descriptor, "w", encoding="ascii") as file:
-                file.write(secrets.token_hex(32) + "\n")
+            try:
+                with open(descriptor, "w", encoding="ascii") as file:
+                    file.write(secrets.token_hex(32) + "\n")
+            except OSError:
+                wanted.unlink()  # half a secret would be taken for one
+                raise
         secret = wanted.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{wanted} cannot be read ({getattr(error, 'strerror', None) or 'no text'}): name the file that holds the course's "

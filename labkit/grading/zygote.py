@@ -12,12 +12,14 @@ from __future__ import annotations
 import gc
 import json
 import os
-import shutil
+import secrets
 import signal
 import socket
+import stat
 import sys
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 
 from labkit.grading import isolation
 
@@ -108,18 +110,38 @@ def serve_forever(control: socket.socket, walls: Walls, prepared: dict) -> None:
             control.sendall(b'{"stopped": true}')
             # Taking a large process down takes milliseconds, in which the grader goes on.
             os.waitpid(child, 0)
-            _empty(walls.folder)
+            empty_folder(walls.folder)
             child = 0
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def _empty(folder):
-    for entry in os.scandir(folder):
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path, ignore_errors=True)
-        else:
-            os.unlink(entry.path)
+def empty_folder(folder: str) -> None:
+    """Delete everything in a folder, however deep it is nested and whatever its names and permissions are.   Raises OSError."""
+    top, unused = os.open(folder, os.O_RDONLY | os.O_DIRECTORY), (f"{secrets.token_hex(8)}-{number}" for number in count())
+    try:
+        while names := os.listdir(top):
+            for name in names:
+                if not stat.S_ISDIR(os.stat(name, dir_fd=top, follow_symlinks=False).st_mode):
+                    os.unlink(name, dir_fd=top)
+                    continue
+                # What is inside comes up to here: neither a path nor a recursion grows with the depth.
+                inside = _opened(name, top)
+                try:
+                    for inner in os.listdir(inside):
+                        if stat.S_ISDIR(os.stat(inner, dir_fd=inside, follow_symlinks=False).st_mode):
+                            os.chmod(inner, 0o700, dir_fd=inside)
+                        os.rename(inner, next(unused), src_dir_fd=inside, dst_dir_fd=top)
+                finally:
+                    os.close(inside)
+                os.rmdir(name, dir_fd=top)
+    finally:
+        os.close(top)
+
+
+def _opened(name, parent):
+    os.chmod(name, 0o700, dir_fd=parent)
+    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
 
 
 def main() -> None:
@@ -158,7 +180,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # what is never looked at again stays shared between all workers
     control.sendall(b'{"ready": true}')
-    _empty(folder)
+    empty_folder(folder)
     serve_forever(control, walls, prepared)
 
 

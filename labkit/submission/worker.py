@@ -73,7 +73,7 @@ def run_cell(name: str, source: str, namespace: dict) -> Raised | None:
 def withholding(modules, namespace):
     """Make `modules`, and what other cells imported from them, unavailable inside: while a cell runs, and while its function is asked."""
     finder, hidden, modules = Withheld(modules), [], tuple(modules)
-    places = [(sys.modules, [name for name in sys.modules if name.startswith(modules) and _is_among(name, modules)]),
+    places = [(sys.modules, _loaded(modules, len(sys.modules))),
               (namespace, [name for name, value in namespace.items() if _comes_from(value, modules)])]
     parents = {name.rpartition(".")[0] for name in modules} & set(sys.modules)
     places += [(vars(sys.modules[parent]), _offered_by(parent, modules)) for parent in parents]
@@ -87,6 +87,12 @@ def withholding(modules, namespace):
         for place, found in hidden:
             for name, value in found.items():
                 place.setdefault(name, value)
+
+
+@lru_cache(maxsize=None)
+def _loaded(modules, count):
+    """The names in sys.modules that `modules` are or hold.   count: how many there are, so that an import is noticed."""
+    return [name for name in sys.modules if name.startswith(modules) and _is_among(name, modules)]
 
 
 @lru_cache(maxsize=None)
