@@ -260,7 +260,8 @@ reading, writing = os.pipe()
 os.write(writing, b"x")
 say(refused=[tried(os.fork), tried(os.posix_spawn, "/usr/bin/env", ["env"], {}), tried(os.execv, "/usr/bin/env", ["env"]),
              tried(os.kill, os.getppid(), 0), tried(os.kill, os.getpid(), 9), tried(socket.socket), tried(socket.socket, socket.AF_UNIX),
-             tried(os.setsid), tried(os.symlink, "/", "x"), tried(os.chroot, "/"), raw("ptrace", 0, 0, 0, 0), raw("mount", None, b"/", None, 0, None),
+             tried(os.setsid), tried(os.symlink, "/", "x"), tried(os.chmod, "/", 0o777), tried(os.chroot, "/"),
+             raw("ptrace", 0, 0, 0, 0), raw("mount", None, b"/", None, 0, None),
              raw("unshare", isolation.CLONE_NEWUSER), raw("personality", 0), raw("process_vm_readv", os.getppid(), None, 0, None, 0, 0),
              raw("prctl", 4, 1, 0, 0, 0)],
     allowed=[seen == [1], os.read(reading, 1) == b"x", sum(range(1000)) == 499500, time.time() > 0, len(os.urandom(8)) == 8])
@@ -407,17 +408,27 @@ def test_a_worker_has_a_folder_of_its_own_that_is_limited_and_gone_afterwards(zy
     filling = """
 import os
 def answer():
-    os.mkdir("folder"); open("folder/file", "w").write("x"); os.mkdir("closed"); open("closed/file", "w").write("x"); os.chmod("closed", 0)
+    os.mkdir("folder"); open("folder/file", "w").write("x"); os.mkdir("closed", 0)
     open(os.path.join(os.environ["TMPDIR"], "more"), "w").write("x")
     try:
         open("large", "wb").write(bytes(65 * 2**20))
     except OSError as error:
-        return sorted(os.listdir(".")), error.strerror
+        said = error.strerror
+    names = sorted(os.listdir("."))
+    for _ in range(1100):
+        os.mkdir("x" * 100); os.chdir("x" * 100)
+    return names, said
 """
     names, said = told(zygote, filling)
     assert names == ["closed", "folder", "large", "more"] and said in (os.strerror(errno.ENOSPC), os.strerror(errno.EFBIG))
-    assert told(zygote, "import os\nanswer = lambda: os.listdir('.')") == []
+    assert told(zygote, "import os\ndef answer():\n    open('file', 'w').write('x')\n    return os.listdir('.')") == ["file"]
+    told(zygote, "answer = lambda: 1")  # the folder is emptied before the next worker starts
     assert os.listdir(zygote.folder) == []
+
+
+def test_the_graders_environment_is_not_the_workers(zygote):
+    environment = told(zygote, "import os\nanswer = lambda: dict(os.environ)")
+    assert SECRET not in str(environment) and "COURSE_TOKEN" not in environment and "PATH" in environment
 
 
 def test_what_the_set_up_has_made_is_a_copy_for_each(zygote):

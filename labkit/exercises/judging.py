@@ -15,7 +15,7 @@ from labkit.exercises.asking import answer
 from labkit.exercises.exercise import PUBLIC, Case, Exercise, Raised, Tolerance, all_exercises
 
 CORRECT, WRONG, NOT_ATTEMPTED = "correct", "not yet", "not attempted"
-_LONGEST_VALUE = 160
+_LONGEST_VALUE, _LONGEST_SENTENCE = 160, 1000
 # Answering sets torch's one generator, which threads share: one answer at a time, or they differ from run to run.
 _ANSWERING = threading.RLock()
 
@@ -117,7 +117,7 @@ def judge_by(key: AnswerKey, ask: Callable[[Case], object]) -> Verdict:
     passed = faults.count("")
 
     def verdict(status, sentence, misconception=None):
-        return Verdict(exercise.id, status, printable(sentence), passed, len(cases), exercise.points, misconception)
+        return Verdict(exercise.id, status, shortened(printable(sentence), _LONGEST_SENTENCE), passed, len(cases), exercise.points, misconception)
 
     if passed == len(cases):
         return verdict(CORRECT, f"All {len(cases)} cases agree with an independent calculation.")
@@ -217,8 +217,8 @@ def _as_numbers(value):
     if isinstance(value, torch.Tensor):
         try:
             return None if value.is_complex() else value.detach().double().cpu().numpy()
-        except (RuntimeError, TypeError):
-            return None  # sparse, nested, quantized, or without values
+        except (RuntimeError, TypeError, ValueError):
+            return None  # sparse, nested, quantized, without values, or of a shape that no array can have
     if isinstance(value, (np.ndarray, np.generic)):
         return np.float64(value) if value.dtype.kind in "biuf" else None
     if isinstance(value, (bool, int, float)):
@@ -249,5 +249,9 @@ def shown(value) -> str:
             text = f"a tensor {tuple(value.shape)} " + np.array2string(numbers, precision=4, threshold=12, separator=", ")
     except Exception:  # a student's __repr__ may do anything; and an int may have too many digits for Python
         text = f"something of type {type(value).__name__}"
-    text = printable(text)
-    return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + " ..."
+    return shortened(printable(text), _LONGEST_VALUE)
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, or its first `most` characters and an ellipsis."""
+    return text if len(text) <= most else text[:most] + " ..."

@@ -10,7 +10,6 @@ import ctypes
 import errno
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -45,7 +44,7 @@ _NOBODY = 65534
 # What Python, numpy and torch ask of Linux to compute, and to read and write files in a folder of their own. Modes and times of files are not
 # among it: Landlock does not watch over them, and the worker may have the same user as the files outside.
 _ALLOWED_CALLS = """
-    read write readv writev pread64 pwrite64 preadv pwritev lseek close close_range open openat creat dup dup2 dup3 fcntl flock
+    read write readv writev pread64 pwrite64 preadv pwritev lseek close close_range open openat creat dup dup2 dup3 flock
     stat fstat lstat newfstatat statx statfs fstatfs access faccessat faccessat2 readlink readlinkat getcwd chdir fchdir getdents getdents64
     mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 truncate ftruncate fallocate fsync fdatasync sync_file_range umask
     copy_file_range sendfile fadvise64 readahead pipe pipe2 poll ppoll select pselect6 eventfd2 socketpair shutdown
@@ -56,6 +55,10 @@ _ALLOWED_CALLS = """
     getrlimit prlimit64 getrandom uname sysinfo sigaltstack rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait
     restart_syscall setitimer getitimer alarm timer_create timer_settime timer_delete tgkill exit exit_group
 """.split()
+
+
+# Descriptors, their flags, record locks, sizes of pipes. No leases, which hold up whoever opens the file, and no signals to others.
+_ALLOWED_FCNTL = (*range(8), 36, 37, 38, 1030, 1031, 1032)
 
 
 class IsolationError(OSError):
@@ -213,6 +216,8 @@ def call_rules() -> bytes:
         for name in _ALLOWED_CALLS:
             if seccomp.resolve_syscall(seccomp.system_arch(), name) >= 0:  # some are of one processor only
                 refused.add_rule(seccomp.ALLOW, name)
+        for command in _ALLOWED_FCNTL:
+            refused.add_rule(seccomp.ALLOW, "fcntl", seccomp.Arg(1, seccomp.EQ, command))
         refused.add_rule(seccomp.ALLOW, "clone", seccomp.Arg(0, seccomp.MASKED_EQ, _CLONE_THREAD, _CLONE_THREAD))
         # Its flags lie in memory, where no filter can look: the C library falls back on clone when it is told that there is none.
         refused.add_rule(seccomp.ERRNO(errno.ENOSYS), "clone3")
@@ -234,6 +239,8 @@ def restrict_calls(rules: bytes) -> None:
 
 def limit_resources(memory_mib: int, cpu_seconds: int, file_mib: int, threads: int = 64, open_files: int = 256) -> None:
     """Hard limits: `memory_mib` more address space than this process has now, processor seconds, the size of a file, threads, open files."""
+    import resource  # not on Windows, where this module has to import, too
+
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limits = {
         resource.RLIMIT_AS: pages * resource.getpagesize() + memory_mib * 2**20,

@@ -17,13 +17,15 @@ from labkit.errors import UserError
 from labkit.grading import isolation
 from labkit.grading.zygote import FOLDER_MIB, empty_folder
 from labkit.paths import ROOT
-from labkit.processes import course_environment
+from labkit.processes import THREADS, course_environment
 from labkit.submission import wire
 from labkit.submission.apart import QUIET, Limits, Worker, WorkerLost
 
 LIMITS = Limits(setup_seconds=60, cell_seconds=5, case_seconds=3, memory_mib=2048, notebook_seconds=60)
 # Sets of strings in the same order in every worker of every run, so that a regrade gives the same bytes; no threads before the fork.
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false"}
+# All that is kept of the instructor's own environment, where tokens and passwords lie.
+_KEPT = ("PATH", "PYTHONPATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH")
 # Memory in large pages, where the kernel has them: a fork copies one entry a page, and takes half as long (glibc 2.35 and later).
 _ENVIRONMENT |= {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 _READY_SECONDS, _REPLY_SECONDS = 180.0, 30.0
@@ -80,7 +82,7 @@ class Zygote:
         os.chmod(self.folder, 0o777 if self.how.user == "nobody" else 0o700)
         self.control, theirs = socket.socketpair()
         own = dict.fromkeys(("TMPDIR", "HOME", "MPLCONFIGDIR"), self.folder)
-        environment = course_environment() | QUIET | _ENVIRONMENT | own
+        environment = {name: value for name, value in course_environment().items() if name in _KEPT or name in THREADS} | QUIET | _ENVIRONMENT | own
         self.words = tempfile.TemporaryFile()
         with theirs:
             self.process = subprocess.Popen(

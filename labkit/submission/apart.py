@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 import psutil
 
 from labkit.exercises.exercise import Case, Exercise, Raised
-from labkit.exercises.judging import WRONG, AnswerKey, Verdict, judge_by
+from labkit.exercises.judging import WRONG, AnswerKey, Verdict, judge_by, printable
 from labkit.processes import course_environment
 from labkit.submission import wire
 from labkit.submission.cells import Cells
@@ -292,4 +292,4 @@ def _unanswered(key, problem):
 
 
 def _described(raised):
-    return f"{raised.kind}{f' in line {raised.line}' if raised.line else ''}: {raised.message}."
+    return printable(f"{raised.kind}{f' in line {raised.line}' if raised.line else ''}: {raised.message}.")

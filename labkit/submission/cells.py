@@ -10,6 +10,7 @@ from pathlib import Path
 from labkit.errors import UserError
 
 MAX_NOTEBOOK = 20 * 2**20
+MAX_CELL = 1_000_000
 SETUP_TAG = "setup"
 
 
@@ -61,6 +62,12 @@ def cells_of(notebook: dict, exercise_ids) -> Cells:
             problems[id] = "there are two cells with its name: delete the copy"
         elif id in exercise_ids:
             exercises[id] = source_of(cell)
+    long = f"longer than the {MAX_CELL:,} characters that are read: take data and outputs out of it"
+    for id, source in exercises.items():
+        if len(source) > MAX_CELL:
+            problems[id] = f"its cell is {long}"
+    if sum(map(len, setups)) > MAX_CELL:
+        problems |= {id: f"the set-up cell is {long}" for id in exercise_ids}
     for id in exercise_ids:
         if id not in exercises:
             problems[id] = "its cell is missing: take it from a fresh copy of the notebook"

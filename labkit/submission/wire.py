@@ -55,8 +55,7 @@ def decode(message: bytes):
     text_length, _ = _lengths(message[: _HEADER.size])
     body = message[_HEADER.size :]
     try:
-        tensors = load(body[text_length:])
-        return _from_json(json.loads(body[:text_length]), tensors, 0)
+        return _Reader(load(body[text_length:])).read(json.loads(body[:text_length]), 0)
     except WireError:
         raise
     except Exception as error:  # what a stranger's bytes make safetensors, torch and json raise is no closed list
@@ -158,22 +157,29 @@ def _tensor_of(array, where):
         raise WireError(f"{where} is an array of {array.dtype}") from None
 
 
-def _from_json(value, tensors, depth):
-    if depth > _MAX_DEPTH:
-        raise WireError(f"the message is nested more than {_MAX_DEPTH} deep")
-    if isinstance(value, list):
-        return [_from_json(item, tensors, depth + 1) for item in value]
-    if not isinstance(value, dict):
-        return value
-    (kind, inside), = value.items()
-    if kind == _TENSOR:
-        return tensors[inside]
-    if kind == _ARRAY:
-        return tensors[inside].numpy()
-    if kind == _TUPLE and isinstance(inside, list):
-        return tuple(_from_json(item, tensors, depth + 1) for item in inside)
-    if kind == _DICT and isinstance(inside, dict):
-        return {name: _from_json(item, tensors, depth + 1) for name, item in inside.items()}
-    if kind == _FLOAT and inside in ("nan", "inf", "-inf"):
-        return float(inside)
-    raise WireError(f"an object of kind {kind!r}")
+class _Reader:
+    """Makes the value of parsed JSON. What it costs to look at a value stays within what it cost to send: every tensor stands in it once."""
+
+    def __init__(self, tensors):
+        self.tensors, self.items = tensors, 0
+
+    def read(self, value, depth):
+        self.items += 1
+        if depth > _MAX_DEPTH or self.items > 2 * MAX_ITEMS:
+            raise WireError(f"the message is nested more than {_MAX_DEPTH} deep, or has more than {2 * MAX_ITEMS:,} items")
+        if isinstance(value, list):
+            return [self.read(item, depth + 1) for item in value]
+        if not isinstance(value, dict):
+            return value
+        (kind, inside), = value.items()
+        if kind == _TENSOR:
+            return self.tensors.pop(inside)
+        if kind == _ARRAY:
+            return self.tensors.pop(inside).numpy()
+        if kind == _TUPLE and isinstance(inside, list):
+            return tuple(self.read(item, depth + 1) for item in inside)
+        if kind == _DICT and isinstance(inside, dict):
+            return {name: self.read(item, depth + 1) for name, item in inside.items()}
+        if kind == _FLOAT and inside in ("nan", "inf", "-inf"):
+            return float(inside)
+        raise WireError(f"an object of kind {kind!r}")
