@@ -14,7 +14,9 @@ from labkit.errors import UserError
 from labkit.install import ensure_environment, existing_environment, interpreter_for_unsupported_python
 from labkit.processes import hand_over
 
-VERBS = ("lab", "test", "run", "doctor", "evaluate", "finetune", "record", "validate", "pretrain", "sweep", "benchmark", "release", "grade")
+VERBS = (
+    "lab", "test", "run", "doctor", "evaluate", "finetune", "record", "validate", "convert", "pretrain", "sweep", "benchmark", "release", "grade",
+)
 
 
 def read_commands():

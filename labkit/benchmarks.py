@@ -153,4 +153,24 @@ def matrix_peak() -> Measurement:
     return Measurement("matrix peak", ours / 1e9, peak / 1e9, "GFLOP/s", f"peer: a 1024 x 1024 fp32 product, {torch.get_num_threads()} thread(s)")
 
 
-BENCHMARKS = {"camera": camera, "fine_tune": fine_tuning, "evaluation": evaluation, "matrix_peak": matrix_peak}
+def reading() -> Measurement:
+    """RGB-D samples a second out of a LeRobot dataset on disk, against the lab sheet's folder with the same demonstrations."""
+    from labkit import lerobot
+    from labkit.demonstrations import read
+    from labkit.paths import DATA
+
+    source, rates = DATA / "demonstrations" / "replay", {"ours": [], "peer": []}
+    with tempfile.TemporaryDirectory() as folder:
+        demonstrations = read(source)
+        lerobot.export(f"{folder}/replay", demonstrations)
+        count = sum(map(len, demonstrations))
+        for _ in range(5):
+            for name, act in (("ours", lambda: lerobot.demonstrations(f"{folder}/replay")), ("peer", lambda: read(source))):
+                begun = time.perf_counter()
+                act()
+                rates[name].append(count / (time.perf_counter() - begun))
+    return Measurement("reading", np.median(rates["ours"]), np.median(rates["peer"]), "samples/s",
+                       f"a LeRobot dataset of {count} samples; peer: the lab sheet's folder; median of 5 runs in turn")
+
+
+BENCHMARKS = {"camera": camera, "fine_tune": fine_tuning, "evaluation": evaluation, "matrix_peak": matrix_peak, "reading": reading}

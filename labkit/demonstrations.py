@@ -181,7 +181,7 @@ class _Split:
                 "end_effector": np.asarray(d.poses[k]).tolist(), "seconds": float(d.seconds[k]), "reward": float(d.rewards[k]),
             })  # fmt: skip
         entry = {"id": d.id, "instruction": d.instruction, "task": d.task, "operator": d.operator, "success": bool(d.success),
-                 "seed": d.seed, "variation": d.variation, "command": _command_facts(d.command)}
+                 "seed": d.seed, "variation": d.variation, "command": command_facts(d.command)}
         self._add(ACTIONS, {"id": d.id, "speed": d.speed, "decisions": decisions})
         self._add(LANGUAGE, entry)
         self.ids.add(d.id)
@@ -229,11 +229,12 @@ def _line(entry):
     return json.dumps(entry, separators=(",", ":"), ensure_ascii=False)
 
 
-def _command_facts(command):
+def command_facts(command: Command | None) -> dict | None:
+    """A command as JSON has it, without the fields that are empty."""
     if command is None:
         return None
     return {name: value for name, value in asdict(command).items() if any(value)} | (
-        {"steps": [_command_facts(step) for step in command.steps]} if command.steps else {})
+        {"steps": [command_facts(step) for step in command.steps]} if command.steps else {})
 
 
 def read(folder, split: str | None = None, limit: int | None = None, failures: bool = False) -> list[Demonstration]:
@@ -285,7 +286,7 @@ def _demonstration(folder, language, actions):
         np.stack([_read_png(folder / row["depth"]) for row in rows]).astype(np.float32) / 1000,
         np.array([row["holding"] for row in rows], bool), joints, waypoints,
         [np.array(row["end_effector"], np.float64) for row in rows], rewards, seconds,
-        language.get("seed"), actions.get("speed", SPEED), language.get("variation", {}), _command(language.get("command")),
+        language.get("seed"), actions.get("speed", SPEED), language.get("variation", {}), command_from_facts(language.get("command")),
     )
 
 
@@ -296,9 +297,9 @@ def _read_png(path):
         return np.asarray(image)
 
 
-def _command(facts):
-    """A Command from its JSON, where it has one."""
+def command_from_facts(facts) -> Command | None:
+    """The command whose `command_facts` these are."""
     if not facts:
         return None
     plain = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items() if name != "steps"}
-    return Command(**plain, steps=tuple(_command(step) for step in facts.get("steps", ())))
+    return Command(**plain, steps=tuple(command_from_facts(step) for step in facts.get("steps", ())))

@@ -107,7 +107,8 @@ def rollout(policy, task: str, episodes: int = 100, seed: int = EVALUATION_SEED,
             held_out_phrasing: bool = False, instruction: str = "own", batch: int = 100, progress: bool = True) -> Rollouts:
     """Run `episodes` episodes with seeds seed, seed + 1, ... and count the successes.
 
-    policy: anything with `decide(observations) -> Decision`.   batch: how many episodes share a forward pass.
+    policy: anything with `decide(observations) -> Decision`; from an episode's second decision on, an observation also has `previous_rgb`, the
+    picture before the last one.   batch: how many episodes share a forward pass.
     instruction: "own", or "another" to give the policy another valid instruction of the same scene (the control that asks
     whether it listens).   Raises ValueError for an unknown task.
     """
@@ -152,7 +153,7 @@ def lock_step(policy, environments, observations, on_episode=lambda: None):
                 errors[i] = np.hypot(*(waypoint - expert)[:2])
             said = observations[i]["instruction"]
             observation, _, terminated, truncated, info = env.step(waypoint)
-            observations[i] = {**observation, "instruction": said}
+            observations[i] = {**observation, "instruction": said, "previous_rgb": observations[i]["rgb"]}
             success[i], decisions[i] = info["success"], info["decisions"]
             if terminated or truncated:
                 on_episode()
