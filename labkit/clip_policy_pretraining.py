@@ -177,9 +177,10 @@ Made by `python3 -m labkit.clip_policy_pretraining{options}`.
 ## Recipe and cost
 
 The {recipe['scenes']:,} labelled scenes of the tiny VLA; {last['step']:,} steps of {recipe['images_per_batch']} pictures with
-{recipe['commands_per_image']} instructions each; every parameter trains; {recipe['loss'].upper()} loss on normalised actions; AdamW, learning
-rate {recipe['head_rate']} for the head and {recipe['tower_rate']} for the towers, {recipe['warm_up']} steps of warm-up, then half a cosine down
-to {100 * recipe['final_rate']:.0f} %. It took {last['seconds'] / 60:.0f} minutes with one thread on a busy machine, without a GPU, after the towers.
+{recipe['commands_per_image']} instructions each; every parameter trains; {recipe['loss'].upper()} loss on normalised actions, and
+{recipe['pointing']} times the negative log of the first query's attention at the place the waypoint leads to (`pointing_loss`); AdamW, learning rate
+{recipe['head_rate']} for the head and {recipe['tower_rate']} for the towers, {recipe['warm_up']} steps of warm-up, then half a cosine down to
+{100 * recipe['final_rate']:.0f} %. It took {last['seconds'] / 60:.0f} minutes with one thread on a busy machine, without a GPU, after the towers.
 
 ## Success in closed loop
 

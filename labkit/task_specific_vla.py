@@ -298,15 +298,15 @@ def policy_from_clip(clip: str | Path = TINY_CLIP, seed: int = 0, **options) -> 
     seed: of the head's weights.   options: `readout`, `frames`, `hidden`, `dropout` and `normaliser` of `TaskSpecificVLA`.
     Raises UserError where there is no such model.
     """
-    from transformers import CLIPProcessor, CLIPTextModel, CLIPVisionModel
+    from transformers import CLIPModel, CLIPProcessor
 
     try:
-        towers = [kind.from_pretrained(str(clip), dtype=torch.float32) for kind in (CLIPVisionModel, CLIPTextModel)]
+        whole = CLIPModel.from_pretrained(str(clip), dtype=torch.float32)
         processor = CLIPProcessor.from_pretrained(str(clip))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{clip} cannot be loaded as a CLIP model: give a folder that holds one or a hub id; {reason}") from error
-    return policy_from_towers(*towers, processor, name=Path(clip).name, seed=seed, **options)
+    return policy_from_towers(whole.vision_model, whole.text_model, processor, name=Path(clip).name, seed=seed, **options)
 
 
 def policy_from_towers(vision_encoder, text_encoder, processor, name: str = "task-specific", seed: int = 0, **options) -> WaypointPolicy:
