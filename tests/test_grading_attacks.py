@@ -57,7 +57,7 @@ from tests.attacks.attack import (
 EXERCISES = exercises_of(LESSON)
 ALL = [pytest.param(attack, id=f"{family.replace(' ', '-')}-{attack}") for family, attacks in FAMILIES.items() for attack in attacks]
 # What namespaces hold back, other layers have to hold back where there are none.
-WITHOUT_NAMESPACES = [param for param in ALL if param.id.startswith(("files", "processes", "network"))]
+WITHOUT_NAMESPACES = [param for param in ALL if param.id.startswith(("files", "processes", "network", "resources", "introspection"))]
 MIB = 2**20
 # Short for what goes on for ever; a worker that is as slow as the machine is loaded gets more.
 SHORT = Limits(setup_seconds=4, cell_seconds=2, case_seconds=2, memory_mib=768, notebook_seconds=12)

@@ -8,7 +8,6 @@ import errno
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +68,7 @@ class Lent:
 
     def __init__(self, zygote):
         self.start, self.stop = zygote.start, zygote.stop
+        self.is_watching, self.taken_too_much = zygote.is_watching, zygote.taken_too_much
 
     def __enter__(self):
         return self
@@ -351,6 +351,13 @@ def test_no_correct_submission_loses_a_point_for(graded, name):
 @pytest.mark.parametrize("setup", ["%matplotlib inline\nimport torch\n!ls", "import torch\nfrom labkit import *", "import torch\nprint('x')\n1 / 0"])
 def test_no_correct_submission_loses_a_point_for_another_set_up(graded, setup):
     assert earned(graded(notebook(setup=setup))) == ALL
+
+
+def test_exercises_that_were_moved_can_use_what_stands_above_them(graded):
+    moved = notebook({"lora-count": COUNT + "\nclass Base(torch.nn.Module): pass",
+                      "lora-layer": SOLUTIONS["lora-layer"].replace("torch.nn.Module", "Base")})  # fmt: skip
+    moved["cells"].insert(1, moved["cells"].pop(2))
+    assert earned(graded(moved)) == ALL
 
 
 def test_further_cells_are_not_run_and_cost_nothing(graded):
@@ -663,7 +670,7 @@ def test_a_zygote_that_one_submission_takes_along_every_time_keeps_it_from_nobod
     assert whole.pop("student01.json") and out == whole
 
 
-@pytest.mark.parametrize("written, said", [("sys.modules['peft'] = None", "peft"), ("import time; time.sleep(1000)", "timed out")])
+@pytest.mark.parametrize("written, said", [("sys.modules['scipy.stats'] = None", "scipy.stats"), ("import time; time.sleep(1000)", "timed out")])
 def test_a_zygote_that_does_not_start_is_said_in_one_sentence(quick, grades, tmp_path, monkeypatch, written, said):
     monkeypatch.setattr(sandbox, "_READY_SECONDS", 4.0)
     run_first(tmp_path, f"    {written}\n")
@@ -750,7 +757,7 @@ def test_a_command_that_is_killed_again_and_again_loses_and_doubles_nothing(quic
     for _ in range(2):
         process = started(killed_at=rng.randrange(2, 7))
         assert process.wait(300) == -signal.SIGKILL, process.stdout.read()
-        assert_nothing_left(quick, folders=False)
+        assert_nothing_left(quick)
         left += out.rglob(".*.unfinished")
         assert records_or_none(out)
     assert left and {path.name for path in left} - set(records(out))
@@ -759,7 +766,7 @@ def test_a_command_that_is_killed_again_and_again_loses_and_doubles_nothing(quic
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 130 and "Traceback" not in said
-    assert_nothing_left(quick, folders=False)
+    assert_nothing_left(quick)
     assert before < len(records(out)) < count
     process = started()
     said = process.communicate(timeout=300)[0]
@@ -767,5 +774,3 @@ def test_a_command_that_is_killed_again_and_again_loses_and_doubles_nothing(quic
     assert records(out) == records(tmp_path / "whole") and not list(out.rglob("*.unfinished"))
     rows = (out / "grades.csv").read_text(encoding="utf-8-sig").splitlines()
     assert [row.split(",")[0] for row in rows[1:]] == [f"student{number:02}" for number in range(count)]
-    for path in quick.glob("labkit-zygote-*"):  # of those runs that could not clear up
-        shutil.rmtree(path)

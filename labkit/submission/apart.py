@@ -106,7 +106,10 @@ class Worker:
 
     def run(self, name: str, source: str, withheld=(), seconds: float = Limits.cell_seconds) -> Raised | None:
         """Run one cell.   withheld: modules it may not import.   Returns what it raised, or None."""
-        reply = self.exchange({"do": "run", "name": name, "source": source, "withheld": list(withheld)}, seconds)
+        try:
+            reply = self.exchange({"do": "run", "name": name, "source": source, "withheld": list(withheld)}, seconds)
+        except wire.WireError as error:  # a cell of letters that take several bytes each
+            return Raised("Unusable", f"the cell cannot be sent: {error}")
         return _raised(reply)
 
     def ask(self, entry: str, case: Case, withheld=()):
@@ -205,7 +208,8 @@ def _raised(reply):
     found = reply.get("raised")
     if found is None:
         return None
-    if not isinstance(found, dict) or set(found) != {field.name for field in fields(Raised)} or not isinstance(found["line"], int):
+    whole = isinstance(found, dict) and set(found) == {field.name for field in fields(Raised)}
+    if not whole or not isinstance(found["line"], int) or not 0 <= found["line"] < 10**6:
         return Raised("Unusable", "the worker's answer is none")
     return Raised(str(found["kind"])[:100], str(found["message"])[:300], found["line"])
 
@@ -246,12 +250,12 @@ def _run_cells(worker, cells, exercises, problems):
 
     Returns None when a cell was stopped; its exercise is a problem then.
     """
-    raised = {}
+    raised, asked = {}, {exercise.id: exercise for exercise in exercises}
     in_setup = _run(worker, "set-up cell", cells.setup, (), worker.limits.setup_seconds)
     if worker.lost:
         problems.update({exercise.id: f"The set-up cell was stopped: {worker.lost}." for exercise in exercises})
         return None
-    for exercise in exercises:
+    for exercise in [asked[id] for id in cells.exercises if id in asked]:  # in the order of the page
         if exercise.id in problems:
             continue
         found = _run(worker, exercise.id, cells.exercises[exercise.id], _withheld(exercise), worker.limits.cell_seconds)

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
@@ -144,10 +144,10 @@ def new_main_module():
     return sys.modules["__main__"]
 
 
-def serve(requests, replies, student: types.ModuleType, prepared: Mapping[str, types.ModuleType] = MappingProxyType({})):
+def serve(requests, replies, student: types.ModuleType, prepared: Mapping[str, Callable[[], types.ModuleType]] = MappingProxyType({})):
     """Answer messages until the other side closes.   student: the module that the cells fill.
 
-    prepared: source of a set-up cell -> a module that it has filled already; taken over where exactly this cell is to be run first.
+    prepared: source of a set-up cell -> what gives a module that it has filled already; taken over where exactly this cell is to be run first.
     """
     while True:
         try:
@@ -156,7 +156,7 @@ def serve(requests, replies, student: types.ModuleType, prepared: Mapping[str, t
             return
         try:
             if message.get("source") in prepared and set(vars(student)) == _EMPTY:
-                student = sys.modules["__main__"] = prepared[message["source"]]
+                student = sys.modules["__main__"] = prepared[message["source"]]()
                 wire.send(replies, {"raised": None})
             else:
                 wire.send(replies, reply(message, vars(student)))
