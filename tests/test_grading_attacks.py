@@ -27,6 +27,7 @@ from labkit.grading.feedback import feedback_page
 from labkit.grading.isolation import CALLS_AND_FILES, NAMESPACES, NONE
 from labkit.grading.results import Graded, Late
 from labkit.grading.sandbox import IsolatedWorker, Zygote, ZygoteLost, chosen_isolation
+from labkit.grading.zygote import remove_folder
 from labkit.paths import ROOT
 from labkit.processes import course_environment
 from labkit.submission.apart import Limits, examine
@@ -205,6 +206,7 @@ def seen_in_one_process(attack, naive, course, port, folder):
         printed = int((out / "mallory.size").read_text())
         raw = acts((out / "mallory.html").read_text(), (out / "grades.csv").read_text(), len(students)) or unreadable(words) or printed > 10 * MIB
         seen |= {RAW} if raw else set()
+    remove_folder(str(folder / "work"))  # it may be deeper than pytest can clear away
     return seen, words
 
 

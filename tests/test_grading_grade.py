@@ -705,7 +705,8 @@ def test_a_notebook_that_hangs_does_not_hold_up_an_interrupt(quick, tmp_path, mo
 
 
 def test_where_workers_must_be_isolated_none_is_ever_started_without(released, monkeypatch):
-    monkeypatch.setattr(grade, "Zygote", lambda how, setups: Lent(types.SimpleNamespace(start=None, stop=None)))
+    nothing = types.SimpleNamespace(start=None, stop=None, is_watching=False, taken_too_much=None)
+    monkeypatch.setattr(grade, "Zygote", lambda how, setups: Lent(nothing))
     monkeypatch.setattr(Worker, "start", lambda self: pytest.fail("a plain process was started"))
     with Grader(released) as grader:
         lane = grader._free.get()

@@ -25,11 +25,10 @@ from importlib.util import find_spec
 from itertools import count
 
 from labkit.grading import isolation
+from labkit.submission.absent import LIBRARIES, make_absent
 
 FOLDER_MIB, FOLDER_FILES, _DEEPEST = 64, 10_000, 32
 _LONGEST_MESSAGE = 1 << 16
-# Libraries that are the answer to an exercise and that no exercise needs: no worker has them, under whatever name.
-ANSWERS = ("bitsandbytes", "peft", "sklearn")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 
@@ -50,7 +49,7 @@ def hidden_paths() -> list[str]:
 
     lessons = [path for path in (ROOT / "labkit" / "exercises").glob("*.py") if path.stem not in ("__init__", "exercise", "asking", "judging")]
     found = [NOTEBOOKS, ROOT / "tests", ROOT / "labkit" / "grading", *lessons]
-    for name in ANSWERS:
+    for name in LIBRARIES:
         spec = find_spec(name)
         found += (spec.submodule_search_locations or [spec.origin]) if spec else []
     return [str(path) for path in found if path]
@@ -262,6 +261,8 @@ def main() -> None:
     isolation.no_new_privileges()
     with control.makefile("r", encoding="utf-8") as lines:
         setups = json.loads(lines.readline())
+    hidden = hidden_paths()
+    make_absent()
     import matplotlib.pyplot  # noqa: F401  everything that a cell may import and that takes long
     import numpy
     import scipy.stats  # noqa: F401
@@ -276,7 +277,7 @@ def main() -> None:
     torch.manual_seed(0)
     begin = generators()
     act_as_notebook()
-    readable, listable = isolation.without(readable_paths(), hidden_paths())
+    readable, listable = isolation.without(readable_paths(), hidden)
     walls = Walls(tier, folder, isolation.file_rules(readable, [folder, "/dev/null"], listable), isolation.call_rules())
     try_walls(walls)
     prepared = prepared_setups(setups, begin)

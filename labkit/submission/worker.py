@@ -24,6 +24,7 @@ from types import MappingProxyType
 from labkit.exercises.asking import answer, message_of, student_line
 from labkit.exercises.exercise import Case, Raised
 from labkit.submission import wire
+from labkit.submission.absent import make_absent
 
 # %time and !ls, and a name with question marks before or after it.
 _ONLY_IN_NOTEBOOKS = re.compile(r"\s*([%!].*|\?{1,2}[\w.*]+|[\w.*]+\?{1,2})\s*")
@@ -170,6 +171,7 @@ def main():
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
     os.dup2(2, 1)
+    make_absent()
     serve(requests, replies, act_as_notebook())
 
 
