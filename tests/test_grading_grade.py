@@ -530,20 +530,42 @@ def full_disk(*arguments):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_full_disk_is_said_in_one_sentence_and_the_next_run_completes(grades, lent, tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT], ids=["full", "read-only", "quota"])
+def test_a_disk_that_takes_no_more_is_said_in_one_sentence_and_the_next_run_completes(grades, lent, tmp_path, monkeypatch, code):
     class_of(tmp_path / "class", 5)
     grades("class", "--out", "whole", "--no-feedback")
     written, sync = [], os.fsync
+
+    def fsync(file):
+        if len(written) >= 5:
+            raise OSError(code, os.strerror(code))
+        written.append(file)
+        sync(file)
+
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda file: full_disk() if len(written) >= 5 else (written.append(file), sync(file)))
-        code, said = grades("class", "--out", "out", "--no-feedback")
+        patch.setattr(os, "fsync", fsync)
+        ended, said = grades("class", "--out", "out", "--no-feedback")
     (sentence,) = [line for line in said.splitlines() if line.startswith("labkit: ")]
-    assert code == 2 and "cannot be written (No space left on device): make room" in sentence and "Traceback" not in said
+    assert ended == 2 and f"cannot be written ({os.strerror(code)}): make room" in sentence and "Traceback" not in said
     kept = records(Path("out"))
     assert kept and kept.items() < records(Path("whole")).items()
     code, said = grades("class", "--out", "out", "--no-feedback")
     assert code == 0 and f"{len(kept)} graded already" in said and records(Path("out")) == records(Path("whole"))
     assert Path("out/grades.csv").read_bytes() == Path("whole/grades.csv").read_bytes()
+
+
+def test_results_in_a_read_only_folder_stay_as_they_are(grades, lent, tmp_path):
+    class_of(tmp_path / "class", 3)
+    grades("class", "--out", "out", "--no-feedback")
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    script = (f"mount --bind out out && mount -o remount,ro,bind out && exec {sys.executable} -P -m labkit grade class --out out --no-feedback "
+              "--fresh --assignment lora.toml --secret secret")
+    tried = subprocess.run(["unshare", "--mount", "sh", "-c", "mount --bind out out"], capture_output=True)
+    if tried.returncode:
+        pytest.skip(f"nothing can be mounted here: {tried.stderr.decode().strip()}")
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, env=course_environment())
+    assert done.returncode == 2 and "Read-only file system" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
 
 
 def test_a_clock_that_jumps_changes_nothing(grades, lent, tmp_path, monkeypatch):
