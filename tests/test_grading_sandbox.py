@@ -39,18 +39,19 @@ from tests.grading_runs import (
 
 FOUND = isolation.probe()
 EVERYWHERE = dict.fromkeys(("namespaces", "Landlock", "seccomp"), "")
-_PRELUDE = """
-import errno, json, os, resource, signal, socket, subprocess, sys, threading, time
-from pathlib import Path
-from labkit.grading import isolation
-
+TRIED = """
 def tried(do, *arguments):
     try:
         do(*arguments)
     except OSError as error:
         return errno.errorcode[error.errno]
     return "done"
-
+"""
+_PRELUDE = """
+import errno, json, os, resource, signal, socket, subprocess, sys, threading, time
+from pathlib import Path
+from labkit.grading import isolation
+""" + TRIED + """
 def in_a_child(do):
     pid = os.fork()
     if pid == 0:
@@ -471,12 +472,7 @@ def test_a_worker_can_neither_read_nor_reach_nor_start_anything_else(zygote, ser
     found = told(zygote, f"""
 import errno, os, socket, subprocess, sys
 from pathlib import Path
-def tried(do, *arguments):
-    try:
-        do(*arguments)
-    except OSError as error:
-        return errno.errorcode[error.errno]
-    return "done"
+{TRIED}
 def answer():
     return {{"read": [tried(Path(p).read_bytes) for p in ("/etc/passwd", "{ROOT}/labkit/grading/grade.py", "{ROOT}/notebooks/03_adapters.ipynb",
                       "{ROOT}/labkit/exercises/lora_parameter_counting.py", "/proc/self/environ", "/proc/1/environ")],

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,13 +56,10 @@ _ALLOWED_CALLS = """
     getrlimit getrandom uname sysinfo sigaltstack rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait
     restart_syscall setitimer getitimer alarm timer_create timer_settime timer_delete exit exit_group
 """.split()
-
-
 # Descriptors, their flags, record locks, sizes of pipes. No leases, which hold up whoever opens the file, and no signals to others.
 _ALLOWED_FCNTL = (*range(8), 36, 37, 38, 1030, 1031, 1032)
-
-
-_O_ACCMODE, _O_WRONLY, _O_RDWR, _O_TRUNC = 0o3, 0o1, 0o2, 0o1000
+# The bits of open's flags that say whether a file is opened for reading (none of them), writing or both.
+_ACCESS = os.O_WRONLY | os.O_RDWR
 
 
 class IsolationError(OSError):
@@ -242,7 +239,7 @@ def call_rules() -> bytes:
         # What is opened for reading must not be cut: before its version 3 Landlock does not look.
         for name, flags in (("open", 1), ("openat", 2)):
             if seccomp.resolve_syscall(seccomp.system_arch(), name) >= 0:
-                for mask, value in ((_O_ACCMODE, _O_WRONLY), (_O_ACCMODE, _O_RDWR), (_O_ACCMODE | _O_TRUNC, 0)):
+                for mask, value in ((_ACCESS, os.O_WRONLY), (_ACCESS, os.O_RDWR), (_ACCESS | os.O_TRUNC, 0)):
                     refused.add_rule(seccomp.ALLOW, name, seccomp.Arg(flags, seccomp.MASKED_EQ, mask, value))
         for command in _ALLOWED_FCNTL:
             refused.add_rule(seccomp.ALLOW, "fcntl", seccomp.Arg(1, seccomp.EQ, command))
@@ -304,6 +301,27 @@ def threads_of(pid: int) -> int:
         return 0
 
 
+def tried_in_a_child(trial: Callable[[], None]) -> str:
+    """Why `trial` does not work, in a few words; empty where it does. This process stays as it is: a layer cannot be taken back."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            trial()
+            os.write(writing, b"works")
+        except BaseException as error:
+            # An IsolationError names its layer itself.
+            words = str(error) if isinstance(error, IsolationError) else f"{type(error).__name__}: {error}"
+            os.write(writing, words.encode(errors="replace")[:300])
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as said:
+        words = said.read().decode(errors="replace")
+    os.waitpid(child, 0)
+    return "" if words == "works" else words or "it was killed"
+
+
 @dataclass(frozen=True)
 class Probe:
     """What this machine offers.   layers: name -> "" where it works, else why not."""
@@ -363,23 +381,7 @@ _TRIALS = {"namespaces": _try_namespaces, "Landlock": _try_landlock, "seccomp": 
 
 def main():
     """Try the layers, each in a child, and print the result as JSON."""
-    found = {}
-    for name, trial in _TRIALS.items():
-        reading, writing = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                trial()
-                os.write(writing, b"works")
-            except BaseException as error:
-                os.write(writing, (str(error) or type(error).__name__).encode()[:300])
-            os._exit(0)
-        os.close(writing)
-        with open(reading, "rb") as said:
-            words = said.read().decode(errors="replace")
-        os.waitpid(pid, 0)
-        found[name] = "" if words == "works" else words or "the trial was killed"
-    print(json.dumps(found))
+    print(json.dumps({name: tried_in_a_child(trial) for name, trial in _TRIALS.items()}))
 
 
 if __name__ == "__main__":

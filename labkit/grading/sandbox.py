@@ -19,15 +19,14 @@ from labkit.grading.zygote import FOLDER_FILES, FOLDER_MIB, is_small, remove_fol
 from labkit.paths import ROOT
 from labkit.processes import THREADS, course_environment
 from labkit.submission import wire
-from labkit.submission.apart import QUIET, Limits, Worker, WorkerLost
+from labkit.submission.apart import ENDED, QUIET, Limits, Worker, WorkerLost
 
 LIMITS = Limits(setup_seconds=60, cell_seconds=5, case_seconds=3, memory_mib=2048, notebook_seconds=60)
-# Sets of strings in the same order in every worker of every run, so that a regrade gives the same bytes; no threads before the fork.
-_ENVIRONMENT = {"PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false"}
+# Sets of strings in the same order in every worker of every run, so that a regrade gives the same bytes; no threads before the fork; memory in
+# large pages, where the kernel has them: a fork copies one entry a page, and takes half as long (glibc 2.35 and later).
+_ENVIRONMENT = {"PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false", "PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 # All that is kept of the instructor's own environment, where tokens and passwords lie.
 _KEPT = ("PATH", "PYTHONPATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH")
-# Memory in large pages, where the kernel has them: a fork copies one entry a page, and takes half as long (glibc 2.35 and later).
-_ENVIRONMENT |= {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 _READY_SECONDS, _REPLY_SECONDS = 180.0, 30.0
 _LOOK_SECONDS = 0.02  # between two looks at what a worker has taken
 
@@ -211,11 +210,12 @@ class IsolatedWorker(Worker):
         if self.lost:
             raise WorkerLost(self.lost)
         left, received, length = memoryview(wire.encode(message)), bytearray(), None
+        longest = _LOOK_SECONDS if self.zygote.is_watching else float("inf")
         until = time.monotonic() + seconds
         self.poll.register(self.requests, select.POLLOUT)
         while length is None or len(received) < length:
             left_over = min(until, self.until) - time.monotonic()
-            ready = self.poll.poll(max(0, 1000 * (min(left_over, _LOOK_SECONDS) if self.zygote.is_watching else left_over) + 1))
+            ready = self.poll.poll(max(0, 1000 * min(left_over, longest) + 1))
             if left_over < 0 and self.answers not in dict(ready):  # an answer that is there has only waited for this thread
                 self.give_up_late(seconds)
             if too_much := self.zygote.taken_too_much(self.pid):
@@ -228,7 +228,7 @@ class IsolatedWorker(Worker):
                 else:
                     block = self._read(descriptor)
                     if not block:
-                        self.give_up("the process ended")
+                        self.give_up(ENDED)
                     received += block
             if length is None and len(received) >= wire.HEADER_BYTES:
                 length = self._length(received)

@@ -34,20 +34,22 @@ _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 def readable_paths() -> list[str]:
     """What a worker may read: the interpreter with its packages, the system's libraries, the course's data, and labkit without what judges."""
+    from labkit.exercises.exercise import NOT_LESSONS
     from labkit.paths import DATA, ROOT
 
     package = ROOT / "labkit"
     parts = [path for path in sorted(package.iterdir()) if path.name not in ("grading", "exercises", "__pycache__")]
-    parts += [package / "exercises" / name for name in ("__init__.py", "exercise.py", "asking.py", "judging.py")]
+    parts += [package / "exercises" / f"{name}.py" for name in ("__init__", *NOT_LESSONS)]
     system = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime", "/etc/fonts", "/sys/devices/system/cpu", *_DEVICES)
     return [sys.prefix, sys.base_prefix, *system, *map(str, parts), *(str(DATA / name) for name in ("tiny_vla", "demonstrations", "sweeps"))]
 
 
 def hidden_paths() -> list[str]:
     """What no worker may read wherever it lies: the libraries that are an answer, what judges, and the notebooks with their solutions."""
+    from labkit.exercises.exercise import NOT_LESSONS
     from labkit.paths import NOTEBOOKS, ROOT
 
-    lessons = [path for path in (ROOT / "labkit" / "exercises").glob("*.py") if path.stem not in ("__init__", "exercise", "asking", "judging")]
+    lessons = [path for path in (ROOT / "labkit" / "exercises").glob("*.py") if path.stem not in ("__init__", *NOT_LESSONS)]
     found = [NOTEBOOKS, ROOT / "tests", ROOT / "labkit" / "grading", *lessons]
     for name in LIBRARIES:
         spec = find_spec(name)
@@ -132,22 +134,9 @@ def work(descriptors, prepared, begin, confined) -> None:
 
 def try_walls(walls: Walls) -> None:
     """Put a child behind the walls: what does not work must not look like every student's fault.   Raises RuntimeError."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            walls.confine({"memory_mib": 1024, "cpu_seconds": 60, "file_mib": FOLDER_MIB})
-            os.write(writing, b"they stand")
-        except BaseException as error:
-            os.write(writing, f"{type(error).__name__}: {error}".encode(errors="replace")[:300])
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with open(reading, "rb") as said:
-        words = said.read().decode(errors="replace")
-    os.waitpid(child, 0)
-    if words != "they stand":
-        raise RuntimeError(f"a worker cannot be confined: {words or 'it was killed'}")
+    reason = isolation.tried_in_a_child(partial(walls.confine, {"memory_mib": 1024, "cpu_seconds": 60, "file_mib": FOLDER_MIB}))
+    if reason:
+        raise RuntimeError(f"a worker cannot be confined: {reason}")
 
 
 def serve_forever(control: socket.socket, walls: Walls, prepared: dict, begin: Callable[[], None]) -> None:

@@ -29,6 +29,7 @@ from labkit.submission.cells import Cells
 
 _POLL_SECONDS = 0.05
 _LAST_WORDS = 20  # lines of the worker's output that are kept
+ENDED = "the process ended"  # why a worker is lost that nobody stopped
 QUIET = {"MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
 _ONLY_THESE = ("Only the set-up cell and the exercises' cells are run, in the order of the page: what this one needs from elsewhere "
                "must be in it.")
@@ -137,7 +138,7 @@ class Worker:
             if reply is None and resident_mib(self.process.pid) > self.limits.memory_mib:
                 self.give_up(f"it used more than {self.limits.memory_mib:,} MiB of memory")
         if isinstance(reply, Exception):
-            self.give_up("the process ended" if isinstance(reply, EOFError) else str(reply))
+            self.give_up(ENDED if isinstance(reply, EOFError) else str(reply))
         if not isinstance(reply, dict):
             self.give_up("the process sent no answer")
         return reply
