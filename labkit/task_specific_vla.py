@@ -23,29 +23,42 @@ from labkit.policy import Decision
 TINY_CLIP = DATA / "tiny_clip"
 GENERIC = DATA / "tiny_clip_policy"
 READOUTS = ("pooled", "spatial")
-VARIANTS = ("frozen", "last-layers", "lora", "full")
+VARIANTS = ("frozen", "language", "last-layers", "lora", "full")
 AXES = ("x", "y", "z", "roll", "pitch", "yaw", "grip")
 UNITS = ("m", "m", "m", "rad", "rad", "rad", "")
-# Where the tabletop's waypoints lie; a wrist's yaw beyond an eighth of a turn is the same grip of a square thing.
+# Where the tabletop's waypoints lie; the sixth number is the wrist's yaw, and a square thing looks the same every quarter turn.
 _TABLETOP_LOW = (-0.25, -0.25, 0.0, -0.6, -0.6, -np.pi / 4, 0.0)
 _TABLETOP_HIGH = (0.25, 0.35, 0.25, 0.6, 0.6, np.pi / 4, 1.0)
+_TABLETOP_YAW, _QUARTER_TURN = 5, np.pi / 2
 _CONFIG, _WEIGHTS, _FORMAT = "task_specific_vla.json", "model.safetensors", 1
 
 
 class ActionNormaliser(nn.Module):
     """Puts every axis of an action on one scale, low to high on -1 to 1, so that a radian does not outweigh ten centimetres in the loss.
 
-    Its two vectors are buffers of the model: they are saved and loaded with the weights.
+    An angle that comes round becomes two numbers, the cosine and the sine of where it is in its period (the sine last): 44 and -44 degrees are
+    neighbours there, while their mean, 0, is as wrong as an answer can be. Its two vectors are buffers of the model: they are saved and loaded
+    with the weights.
     """
 
-    def __init__(self, low=_TABLETOP_LOW, high=_TABLETOP_HIGH):
-        """low, high: (A,) in the units of the actions; default, the tabletop's range.   Raises ValueError where high is not above low."""
+    def __init__(self, low=_TABLETOP_LOW, high=_TABLETOP_HIGH, periodic: int | None = None, period: float = _QUARTER_TURN):
+        """low, high: (A,) in the units of the actions; default, the tabletop's range.   periodic: which axis is an angle that comes round after
+        `period` radians, or None.   Raises ValueError where high is not above low, or there is no such axis.
+        """
         super().__init__()
         low, high = (torch.as_tensor(np.asarray(value, np.float64), dtype=torch.float32) for value in (low, high))
         if low.ndim != 1 or low.shape != high.shape or not bool((high > low).all()):
             raise ValueError(f"low and high are vectors of one length with high above low, not {low.tolist()} and {high.tolist()}")
+        if periodic is not None and not 0 <= periodic < len(low):
+            raise ValueError(f"periodic is {periodic}; an action has the axes 0 to {len(low) - 1}")
         self.register_buffer("low", low)
         self.register_buffer("high", high)
+        self.periodic, self.period = periodic, float(period)
+
+    @classmethod
+    def tabletop(cls) -> "ActionNormaliser":
+        """Our robot's: the wrist's yaw comes round every quarter turn."""
+        return cls(periodic=_TABLETOP_YAW)
 
     @classmethod
     def fit(cls, actions) -> "ActionNormaliser":
@@ -54,13 +67,27 @@ class ActionNormaliser(nn.Module):
         still = high - low < 1e-6
         return cls(np.where(still, low - 0.5, low), np.where(still, high + 0.5, high))
 
+    @property
+    def width(self) -> int:
+        """How many numbers stand for one action: A, and one more where an angle comes round."""
+        return len(self.low) + (self.periodic is not None)
+
     def forward(self, actions):
-        """(..., A) actions in metres and radians  ->  (..., A) numbers, -1 at low and 1 at high."""
-        return 2 * (actions - self.low) / (self.high - self.low) - 1
+        """(..., A) actions in metres and radians  ->  (..., width) numbers, -1 at low and 1 at high."""
+        numbers = 2 * (actions - self.low) / (self.high - self.low) - 1
+        if self.periodic is None:
+            return numbers
+        turned = 2 * np.pi / self.period * actions[..., self.periodic]
+        numbers[..., self.periodic] = turned.cos()
+        return torch.cat([numbers, turned.sin().unsqueeze(-1)], dim=-1)
 
     def inverse(self, numbers):
-        """(..., A) numbers  ->  (..., A) actions in metres and radians."""
-        return self.low + (numbers + 1) / 2 * (self.high - self.low)
+        """(..., width) numbers  ->  (..., A) actions in metres and radians; an angle that comes round is within half its period of 0."""
+        count = len(self.low)
+        actions = self.low + (numbers[..., :count] + 1) / 2 * (self.high - self.low)
+        if self.periodic is not None:
+            actions[..., self.periodic] = torch.atan2(numbers[..., count], numbers[..., self.periodic]) * self.period / (2 * np.pi)
+        return actions
 
 
 class SentenceAttention(nn.Module):
@@ -105,12 +132,12 @@ class TaskSpecificVLA(nn.Module):
             raise ValueError(f"frames is 1 or 2, not {frames!r}")
         self.readout, self.frames = readout, frames
         self.vision_encoder, self.text_encoder = vision_encoder, text_encoder
-        self.normaliser = ActionNormaliser() if normaliser is None else normaliser
+        self.normaliser = ActionNormaliser.tabletop() if normaliser is None else normaliser
         seen, read = vision_encoder.config.hidden_size, text_encoder.config.hidden_size
         self.sentence_attention = SentenceAttention(seen, read) if readout == "spatial" else None
         a_frame = seen * (1 + self.sentence_attention.queries) if readout == "spatial" else seen
         self.action_head = nn.Sequential(
-            nn.Linear(read + frames * a_frame, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, len(self.normaliser.low)))
+            nn.Linear(read + frames * a_frame, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, self.normaliser.width))
 
     @property
     def image_size(self) -> int:
@@ -126,16 +153,19 @@ class TaskSpecificVLA(nn.Module):
             pixel_values = pixel_values.unsqueeze(1)
         if pixel_values.shape[1] != self.frames:
             raise ValueError(f"the model reads {self.frames} frame(s) a decision, got {pixel_values.shape[1]}")
-        out = self.vision_encoder(pixel_values=pixel_values.flatten(0, 1))
-        shape = pixel_values.shape[:2]
-        return out.pooler_output.unflatten(0, shape), out.last_hidden_state[:, 1:].unflatten(0, shape)
+        return tuple(seen.unflatten(0, pixel_values.shape[:2]) for seen in self.encode_pictures(pixel_values.flatten(0, 1)))
+
+    def encode_pictures(self, pixel_values):
+        """(N, 3, H, W)  ->  the vision tower's pooled output (N, Dv) and its patches (N, P, Dv)."""
+        out = self.vision_encoder(pixel_values=pixel_values)
+        return out.pooler_output, out.last_hidden_state[:, 1:]
 
     def encode_sentences(self, input_ids, attention_mask=None):
         """(B, T) token ids  ->  (B, Dt), the text tower's output at the end of each sentence."""
         return self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).pooler_output
 
     def predict(self, pooled, patches, sentence):
-        """Encoded pictures and sentences  ->  (B, A) normalised actions, and where the sentence looks in each frame, (B, frames, queries, P).
+        """Encoded pictures and sentences  ->  (B, width) normalised actions, and where the sentence looks in each frame, (B, frames, queries, P).
 
         A model with the pooled readout looks nowhere: (B, 0).
         """
@@ -149,7 +179,7 @@ class TaskSpecificVLA(nn.Module):
         return self.action_head(torch.cat(features, dim=1)), torch.stack(looks, 1) if looks else sentence[:, :0]
 
     def forward(self, pixel_values, input_ids, attention_mask=None):
-        """Pictures and sentences  ->  (B, A) normalised actions; `normaliser.inverse` gives metres and radians."""
+        """Pictures and sentences  ->  (B, width) normalised actions; `normaliser.inverse` gives metres and radians."""
         return self.predict(*self.encode_images(pixel_values), self.encode_sentences(input_ids, attention_mask))[0]
 
     def towers(self) -> list[nn.Module]:
@@ -160,8 +190,8 @@ class TaskSpecificVLA(nn.Module):
 def set_trainable(model: TaskSpecificVLA, variant: str, rank: int = 8, seed: int = 0) -> None:
     """Choose what fine-tuning may change; the head always trains.
 
-    variant: "frozen" (the head only), "last-layers" (the last two layers of each tower as well), "lora" (peft's LoRA of `rank` on the towers'
-    attention), "full".   Raises ValueError for another one, or where LoRA is there already.
+    variant: "frozen" (the head only), "language" (the text tower as well), "last-layers" (the last two layers of each tower as well), "lora"
+    (peft's LoRA of `rank` on the towers' attention), "full".   Raises ValueError for another one, or where LoRA is there already.
     """
     if variant not in VARIANTS:
         raise ValueError(f"the variants are {', '.join(VARIANTS)}, not {variant!r}")
@@ -172,6 +202,8 @@ def set_trainable(model: TaskSpecificVLA, variant: str, rank: int = 8, seed: int
         tower.requires_grad_(variant == "full")
         if variant == "last-layers":
             tower.encoder.layers[-2:].requires_grad_(True)
+    if variant == "language":
+        model.text_encoder.requires_grad_(True)
     if variant == "lora":
         _add_lora(model, rank, seed)
 
@@ -272,6 +304,7 @@ class WaypointPolicy:
         folder.mkdir(parents=True, exist_ok=True)
         about = {"format": _FORMAT, "readout": model.readout, "frames": model.frames, "hidden": model.action_head[0].out_features,
                  "dropout": model.action_head[2].p, "actions": len(model.normaliser.low),
+                 "periodic": model.normaliser.periodic, "period": model.normaliser.period,
                  "vision": model.vision_encoder.config.to_diff_dict(), "text": model.text_encoder.config.to_diff_dict()}
         # The range of the actions stays exact: only weights are rounded.
         kept = {name: value if name.startswith("normaliser.") else value.to(dtype) for name, value in model.state_dict().items()}
@@ -328,7 +361,7 @@ def load_waypoint_policy(folder: str | Path = GENERIC) -> WaypointPolicy:
             raise UserError(f"{folder / name} is missing: a folder of a task-specific VLA is written by `policy.save`")
     try:
         about = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        normaliser = ActionNormaliser(np.full(about["actions"], -1.0), np.full(about["actions"], 1.0))
+        normaliser = ActionNormaliser(np.full(about["actions"], -1.0), np.full(about["actions"], 1.0), about["periodic"], about["period"])
         towers = CLIPVisionModel(CLIPVisionConfig(**about["vision"])), CLIPTextModel(CLIPTextConfig(**about["text"]))
         model = TaskSpecificVLA(*towers, about["readout"], about["frames"], about["hidden"], about["dropout"], normaliser)
     except (KeyError, TypeError, ValueError) as error:

@@ -113,6 +113,28 @@ def pointing_loss(looks, waypoints, patch: int):
     return -(looks[:, 0, 0].gather(1, wanted) + 1e-6).log().mean()
 
 
+class Features:
+    """What a vision tower that does not train makes of some pictures: each distinct one is encoded once, however often it is used."""
+
+    @torch.no_grad()
+    def __init__(self, policy: WaypointPolicy, images: np.ndarray, batch_size: int = 64):
+        """images: (N, frames, H, W, 3) uint8."""
+        numbers = {}
+        self.numbers = torch.tensor([[numbers.setdefault(picture.tobytes(), len(numbers)) for picture in frames] for frames in images])
+        distinct, shape = list(numbers), images.shape[2:]
+        policy.model.eval()
+        parts = []
+        for first in range(0, len(distinct), batch_size):
+            pictures = np.stack([np.frombuffer(one, np.uint8).reshape(shape) for one in distinct[first : first + batch_size]])
+            parts.append(policy.model.encode_pictures(policy.pixels(pictures)))
+        self.pooled, self.patches = (torch.cat(kind) for kind in zip(*parts))
+
+    def of(self, rows):
+        """rows: B row numbers  ->  pooled (B, frames, Dv) and patches (B, frames, P, Dv), as `TaskSpecificVLA.encode_images` gives them."""
+        chosen = self.numbers[rows]
+        return self.pooled[chosen], self.patches[chosen]
+
+
 def fit(policy: WaypointPolicy, train: WaypointSamples, validation: WaypointSamples, folder=None, epochs: int = 20, batch_size: int = 16,
         head_rate: float = 1e-3, tower_rate: float = 3e-4, weight_decay: float = 0.01, step_size: int = 10, gamma: float = 0.9,
         patience: int | None = None, loss: str = "mse", pointing: float = 0.0, clip: float = 1.0, seed: int = 0,
@@ -123,7 +145,8 @@ def fit(policy: WaypointPolicy, train: WaypointSamples, validation: WaypointSamp
     by `gamma` every `step_size` epochs (StepLR).   loss: "mse" or "l1", on normalised actions.   clip: largest gradient norm.
     pointing: weight of `pointing_loss`, for the spatial readout on pictures of our camera; the curves are without it.
     patience: epochs without a lower validation loss after which it stops; None, never.
-    augment: called as augment(train, epoch), gives what this epoch trains on.
+    augment: called as augment(train, epoch), gives what this epoch trains on.   Without one, a vision tower that does not train sees each
+    picture once and for all (`Features`).
     callbacks: called as callback(epoch, policy, curves) after every epoch.
     folder: keeps the best weights and, after every epoch, all that is needed to go on: the same call goes on where a killed one was, and ends
     with the same weights, bit for bit. Everything random in an epoch comes from the seed and the epoch's number. Default: a temporary folder.
@@ -158,6 +181,8 @@ class _Run:
         self.digest = _digest(settings, train, validation, self.model)
         folder.mkdir(parents=True, exist_ok=True)
         self._resume()
+        sees_the_same = augment is None and not any(p.requires_grad for p in self.model.vision_encoder.parameters())
+        self.features = Features(policy, train.images) if sees_the_same else None
 
     def finish(self, epochs, patience, callbacks, progress):
         from tqdm.auto import tqdm
@@ -194,8 +219,7 @@ class _Run:
             torch.manual_seed(int(np.random.SeedSequence([self.settings["seed"], epoch]).generate_state(1)[0]))
             self.model.train()
             for number, rows in enumerate(torch.randperm(len(samples)).split(self.settings["batch_size"])):
-                seen = self.model.encode_images(self.policy.pixels(samples.images[rows.numpy()]))
-                predicted, looks = self.model.predict(*seen, self.model.encode_sentences(**_trimmed(words, rows)))
+                predicted, looks = self.model.predict(*self._seen(samples, rows), self.model.encode_sentences(**_trimmed(words, rows)))
                 value = self.loss(predicted, targets[rows])
                 norm = self._gradient(value, looks, samples.actions[rows.numpy()]) if torch.isfinite(value) else value.detach()
                 if not torch.isfinite(norm):
@@ -209,6 +233,11 @@ class _Run:
         if self.curves.validation[-1] < self.curves.validation[self.curves.best_epoch] or self.curves.best_epoch < 0:
             self.curves.best_epoch = epoch
             self._save_best()
+
+    def _seen(self, samples, rows):
+        if self.features is not None:
+            return self.features.of(rows)
+        return self.model.encode_images(self.policy.pixels(samples.images[rows.numpy()]))
 
     def _gradient(self, value, looks, waypoints):
         """Leaves the clipped gradient with the parameters and returns its norm before clipping."""

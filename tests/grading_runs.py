@@ -27,7 +27,7 @@ MATRICES = "def count_lora(shapes, rank):\n    return sum(rank * o * i for o, i 
 QUICK_ZYGOTE = """
 import importlib.machinery, sys, types
 if "labkit.grading.zygote" in sys.orig_argv:
-    for name in ("bitsandbytes", "matplotlib", "matplotlib.pyplot", "peft", "scipy", "scipy.stats", "transformers"):
+    for name in ("matplotlib", "matplotlib.pyplot", "scipy", "scipy.stats", "transformers"):
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
 """

@@ -44,8 +44,7 @@ def test_a_picture_encoded_once_gives_the_loss_of_one_encoded_for_each_sentence(
     actions = rng.uniform(policy.model.normaliser.low, policy.model.normaliser.high, (4, 7))
     shared = batch_loss(policy, images, sentences, holding, actions, LOSSES["l1"])
     numbers = policy.model(policy.pixels(images[[0, 0, 1, 1]]), **policy.words(sentences, holding))
-    low, high = policy.model.normaliser.low.double(), policy.model.normaliser.high.double()
-    wanted = 2 * (torch.tensor(actions) - low) / (high - low) - 1
+    wanted = policy.model.normaliser(torch.tensor(actions))
     assert shared.item() == pytest.approx((numbers - wanted).abs().mean().item(), rel=1e-5)
 
 

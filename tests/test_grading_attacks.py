@@ -27,6 +27,7 @@ from labkit.grading.feedback import feedback_page
 from labkit.grading.isolation import CALLS_AND_FILES, NAMESPACES, NONE
 from labkit.grading.results import Graded, Late
 from labkit.grading.sandbox import IsolatedWorker, Zygote, ZygoteLost, chosen_isolation
+from labkit.grading.zygote import remove_folder
 from labkit.paths import ROOT
 from labkit.processes import course_environment
 from labkit.submission.apart import Limits, examine
@@ -57,7 +58,7 @@ from tests.attacks.attack import (
 EXERCISES = exercises_of(LESSON)
 ALL = [pytest.param(attack, id=f"{family.replace(' ', '-')}-{attack}") for family, attacks in FAMILIES.items() for attack in attacks]
 # What namespaces hold back, other layers have to hold back where there are none.
-WITHOUT_NAMESPACES = [param for param in ALL if param.id.startswith(("files", "processes", "network"))]
+WITHOUT_NAMESPACES = [param for param in ALL if param.id.startswith(("files", "processes", "network", "resources", "introspection"))]
 MIB = 2**20
 # Short for what goes on for ever; a worker that is as slow as the machine is loaded gets more.
 SHORT = Limits(setup_seconds=4, cell_seconds=2, case_seconds=2, memory_mib=768, notebook_seconds=12)
@@ -205,6 +206,7 @@ def seen_in_one_process(attack, naive, course, port, folder):
         printed = int((out / "mallory.size").read_text())
         raw = acts((out / "mallory.html").read_text(), (out / "grades.csv").read_text(), len(students)) or unreadable(words) or printed > 10 * MIB
         seen |= {RAW} if raw else set()
+    remove_folder(str(folder / "work"))  # it may be deeper than pytest can clear away
     return seen, words
 
 

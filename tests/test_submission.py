@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import struct
+import sys
 import threading
 import types
 
@@ -21,7 +22,7 @@ from labkit.errors import UserError
 from labkit.exercises.asking import answer
 from labkit.exercises.exercise import Case, Exercise, Raised, all_exercises
 from labkit.exercises.judging import CORRECT, NOT_ATTEMPTED, WRONG, judge
-from labkit.submission import apart, cells, wire
+from labkit.submission import absent, apart, cells, wire
 from labkit.submission import receipt as receipts
 from labkit.submission.apart import Limits, Worker, WorkerLost, examine
 from labkit.submission.cells import Cells, cells_of, exercise_ids_of, read_notebook
@@ -749,6 +750,31 @@ def judged(sources, setup="", withheld=None, limits=Limits()):
     """entry -> its verdict, with `sources` (entry -> source of its cell) run in that order."""
     exercises = [Double(entry, (withheld or {}).get(entry, ())) for entry in sources]
     return {v.exercise: v for v in examine(Cells(setup, sources, {}), exercises, limits=limits)}
+
+
+def test_the_absent_libraries_are_those_that_some_exercise_withholds():
+    withheld = {name.partition(".")[0] for exercise in all_exercises().values() for name in exercise.withheld}
+    assert set(absent.LIBRARIES) == withheld - {"labkit"}
+
+
+@pytest.mark.parametrize("source", ["import peft", "import peft.tuners.lora.layer as layer", "from peft import LoraConfig, get_peft_model",
+                                    "import sklearn.svm, bitsandbytes.functional", "from peft import PeftModel\nassert not isinstance(1, PeftModel)"])
+def test_importing_an_absent_library_costs_nothing(worker, source):
+    assert worker.run("cell", source) is None
+
+
+@pytest.mark.parametrize("source", ["import peft\npeft.LoraConfig(r=2)", "from peft import LoraConfig\nLoraConfig.from_pretrained('.')",
+                                    "import sklearn.metrics\nsklearn.metrics.roc_curve([1], [1])",
+                                    "import sys\nsys.modules.pop('peft', None)\nimport peft\npeft.LoraConfig()"])
+def test_using_an_absent_library_says_why_it_cannot_be_used(worker, source):
+    raised = worker.run("cell", source)
+    assert raised.kind == "ImportError" and "it is the answer to an exercise" in raised.message
+
+
+def test_a_process_that_has_a_library_cannot_make_it_absent(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", types.ModuleType("peft"))
+    with pytest.raises(RuntimeError, match="is imported already"):
+        absent.make_absent()
 
 
 def test_a_withheld_module_is_out_of_reach_of_the_function_too_and_other_exercises_keep_it():

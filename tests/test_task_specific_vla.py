@@ -62,13 +62,13 @@ def test_widths_come_from_the_configurations_of_vit_b_32():
     model = TaskSpecificVLA(CLIPVisionModel(config.vision_config), CLIPTextModel(config.text_config))
     assert model.action_head[0].in_features == 768 + 512 and model.action_head[0].out_features == 256
     ids = torch.tensor([[config.text_config.bos_token_id, 320, config.text_config.eos_token_id]])
-    assert model(torch.zeros(1, 3, 224, 224), ids).shape == (1, 7)
+    assert model(torch.zeros(1, 3, 224, 224), ids).shape == (1, 8)  # the wrist turns: cosine and sine
 
 
 def test_head_is_the_sheets(clip_folder):
     head = policy_from_clip(clip_folder).model.action_head
     assert [type(layer).__name__ for layer in head] == ["Linear", "ReLU", "Dropout", "Linear"]
-    assert head[2].p == 0.1 and head[3].out_features == 7
+    assert head[2].p == 0.1 and head[3].out_features == 8  # seven numbers, and the yaw is a cosine and a sine
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -90,6 +90,8 @@ def test_what_a_variant_names_is_what_moves(variant, spatial, observations):
     towers_moved = moved & in_towers
     if variant == "frozen":
         assert not towers_moved
+    if variant == "language":
+        assert not any("vision" in name for name in towers_moved) and any("text_encoder.embeddings.token" in name for name in towers_moved)
     if variant == "last-layers":
         layers = len(model.vision_encoder.encoder.layers)
         assert {name.split("layers.")[1][0] for name in towers_moved if "vision" in name} == {str(layers - 2), str(layers - 1)}
@@ -113,8 +115,8 @@ def test_groups_hold_every_trained_parameter_once_at_its_own_rate(spatial):
 
 # --- actions ----------------------------------------------------------------------------------------------------------------
 
-def test_normaliser_puts_the_experts_waypoints_between_minus_one_and_one():
-    normaliser = ActionNormaliser()
+@pytest.mark.parametrize("normaliser", [ActionNormaliser(), ActionNormaliser.tabletop()])
+def test_normaliser_puts_the_experts_waypoints_between_minus_one_and_one(normaliser):
     for seed in range(20):
         env = Tabletop("align")
         env.reset(seed=seed)
@@ -122,6 +124,24 @@ def test_normaliser_puts_the_experts_waypoints_between_minus_one_and_one():
         numbers = normaliser(torch.tensor(waypoint, dtype=torch.float32))
         assert numbers.abs().max() <= 1 + 1e-6
         assert np.allclose(normaliser.inverse(numbers).numpy(), waypoint, atol=1e-6)
+
+
+def test_an_angle_that_comes_round_has_no_seam():
+    normaliser, still = ActionNormaliser.tabletop(), torch.zeros(3, 7)
+    still[:, 5] = torch.tensor([0.1, 0.1 + np.pi / 2, 0.1 - np.pi])
+    numbers = normaliser(still)
+    assert normaliser.width == 8 and numbers.shape == (3, 8)
+    assert torch.allclose(numbers[0], numbers[1], atol=1e-6) and torch.allclose(numbers[0], numbers[2], atol=1e-6)
+    assert torch.allclose(normaliser.inverse(numbers)[:, 5], torch.full((3,), 0.1), atol=1e-6)
+    # Halfway between 44 and -44 degrees lies 45, not 0.
+    edge = torch.zeros(2, 7)
+    edge[:, 5] = torch.deg2rad(torch.tensor([44.0, -44.0]))
+    assert torch.isclose(normaliser.inverse(normaliser(edge).mean(0))[5].abs(), torch.tensor(np.pi / 4, dtype=torch.float32), atol=1e-3)
+
+
+def test_normaliser_refuses_an_axis_that_is_not_there():
+    with pytest.raises(ValueError, match="axes 0 to 6"):
+        ActionNormaliser(periodic=7)
 
 
 def test_fitted_normaliser_spans_another_robots_actions_and_survives_a_still_axis():
@@ -251,7 +271,7 @@ def test_lora_twice_is_refused(spatial):
 
 
 def test_unknown_variant_is_refused(spatial):
-    with pytest.raises(ValueError, match="frozen, last-layers, lora, full"):
+    with pytest.raises(ValueError, match="frozen, language, last-layers, lora, full"):
         set_trainable(spatial.model, "half")
 
 
@@ -273,7 +293,7 @@ def test_a_second_frame_changes_nothing_until_it_is_trained(clip_folder, observa
 # --- folders ----------------------------------------------------------------------------------------------------------------
 
 def test_a_saved_policy_says_the_same_and_holds_no_pickle(policy, observations, tmp_path):
-    policy.model.normaliser = ActionNormaliser(np.full(7, -2.0), np.full(7, 3.0))
+    policy.model.normaliser = ActionNormaliser(np.full(7, -2.0), np.full(7, 3.0), periodic=4, period=1.0)
     policy.save(tmp_path)
     loaded = load_waypoint_policy(tmp_path)
     assert torch.equal(numbers_of(policy, observations), numbers_of(loaded, observations))

@@ -91,14 +91,29 @@ def test_one_step_is_adamw_on_the_mean_squared_error(policy, train, validation):
     towers = [p for t in (model.vision_encoder, model.text_encoder) for p in t.parameters()]
     head = [*model.action_head.parameters(), *model.sentence_attention.parameters()]
     optimiser = torch.optim.AdamW([{"params": head, "lr": 1e-3}, {"params": towers, "lr": 1e-4}], weight_decay=0.1)
-    low, high = model.normaliser.low, model.normaliser.high
-    wanted = 2 * (torch.tensor(train.actions, dtype=torch.float32) - low) / (high - low) - 1
+    actions, low, high = torch.tensor(train.actions, dtype=torch.float32), model.normaliser.low, model.normaliser.high
+    wanted = torch.cat([2 * (actions - low) / (high - low) - 1, (4 * actions[:, 5:6]).sin()], dim=1)
+    wanted[:, 5] = (4 * actions[:, 5]).cos()
     out = model(by_hand.pixels(train.images), **by_hand.words(train.instructions, train.holding))
     ((out - wanted) ** 2).mean().backward()
     optimiser.step()
     ours, theirs = weights(policy), weights(by_hand)
     # AdamW's first step is about the rate times the gradient's sign: where the gradient is near zero, rounding decides the sign.
     assert np.mean([torch.isclose(ours[name], theirs[name], atol=2e-5).float().mean().item() for name in ours]) > 0.98
+
+
+@pytest.mark.parametrize("variant", ["frozen", "language"])
+def test_a_vision_tower_that_stands_still_sees_each_picture_once(policy, train, validation, variant, monkeypatch):
+    set_trainable(policy.model, variant)
+    slow, calls = policy.copy(), []
+    encode = type(policy.model).encode_pictures
+    monkeypatch.setattr(type(policy.model), "encode_pictures", lambda model, pixels: calls.append(len(pixels)) or encode(model, pixels))
+    curves = fit(policy, train, validation, **SETTINGS)
+    distinct = len({picture.tobytes() for picture in train.images[:, 0]})
+    assert sum(calls) == distinct + SETTINGS["epochs"] * len(validation)
+    # The same samples through an augmentation that changes nothing take the long way.
+    same_curves = fit(slow, train, validation, augment=lambda samples, epoch: samples, **SETTINGS)
+    assert curves.train == pytest.approx(same_curves.train, rel=1e-4) and curves.validation == pytest.approx(same_curves.validation, rel=1e-4)
 
 
 def test_curves_hold_the_rates_of_a_step_scheduler(policy, train, validation):

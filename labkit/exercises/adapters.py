@@ -12,7 +12,7 @@ from labkit.exercises.exercise import Case, Exercise, Tolerance, exercise
 
 
 class _Bottleneck(nn.Module):
-    """The two projections; what is done with them is the mistake."""
+    """The two projections; what is done with them is the mistake. Unlike the solution in its form: students have this file."""
 
     def __init__(self, width, bottleneck):
         super().__init__()

@@ -13,7 +13,8 @@ import numpy as np
 # What the public cases are drawn from; a grader draws from a secret instead.
 PUBLIC = "public"
 ASKS = ("output", "gradients", "state", "trainable")
-_NOT_LESSONS = {"exercise", "asking", "judging"}
+# The modules beside the lessons: what an exercise is, how it is asked and judged.
+NOT_LESSONS = ("exercise", "asking", "judging")
 _EXERCISES: dict[str, Exercise] = {}
 
 
@@ -119,7 +120,7 @@ def all_exercises() -> dict[str, Exercise]:
     import labkit.exercises as lessons
 
     for module in iter_modules(lessons.__path__):
-        if module.name not in _NOT_LESSONS:
+        if module.name not in NOT_LESSONS:
             import_module(f"{lessons.__name__}.{module.name}")
     return dict(_EXERCISES)
 

@@ -16,6 +16,7 @@ from labkit.exercises.exercise import PUBLIC, Case, Exercise, Raised, Tolerance,
 
 CORRECT, WRONG, NOT_ATTEMPTED = "correct", "not yet", "not attempted"
 _LONGEST_VALUE, _LONGEST_SENTENCE = 160, 1000
+_MOST_SHOWN = 100_000  # values of a tensor: of a larger one only the shape is shown
 # Answering sets torch's one generator, which threads share: one answer at a time, or they differ from run to run.
 _ANSWERING = threading.RLock()
 
@@ -117,7 +118,7 @@ def judge_by(key: AnswerKey, ask: Callable[[Case], object]) -> Verdict:
     passed = faults.count("")
 
     def verdict(status, sentence, misconception=None):
-        return Verdict(exercise.id, status, shortened(printable(sentence), _LONGEST_SENTENCE), passed, len(cases), exercise.points, misconception)
+        return Verdict(exercise.id, status, shortened(sentence, _LONGEST_SENTENCE), passed, len(cases), exercise.points, misconception)
 
     if passed == len(cases):
         return verdict(CORRECT, f"All {len(cases)} cases agree with an independent calculation.")
@@ -195,7 +196,10 @@ def _difference_lists(given, expected, close, where):
 def _difference_numbers(given, expected, close, where):
     if given is None:
         return f"{where} is missing (None)."
-    given_array, expected_array = _as_numbers(given), _as_numbers(expected)
+    expected_array = _as_numbers(expected)
+    if isinstance(given, (torch.Tensor, np.ndarray)) and tuple(given.shape) != expected_array.shape:
+        return f"{where} has shape {tuple(given.shape)}, not {expected_array.shape}."  # before anything of its size is made
+    given_array = _as_numbers(given)
     if given_array is None:
         return f"{where} is {shown(given)}, not numbers."
     if given_array.shape != expected_array.shape:
@@ -212,6 +216,11 @@ def _is_numbers(values):
     return not any(isinstance(value, torch.Tensor) for value in values) and _as_numbers(values) is not None
 
 
+def _fits(number):
+    """Whether a float64 holds the number; an int of Python has no largest."""
+    return abs(number) < 2**1000 or number != number or abs(number) == float("inf")
+
+
 def _as_numbers(value):
     """float64 array of a tensor, a number, or nested lists of numbers; None for anything else."""
     if isinstance(value, torch.Tensor):
@@ -222,7 +231,9 @@ def _as_numbers(value):
     if isinstance(value, (np.ndarray, np.generic)):
         return np.float64(value) if value.dtype.kind in "biuf" else None
     if isinstance(value, (bool, int, float)):
-        return np.array(value, np.float64) if abs(value) < 2**1000 or value != value or abs(value) == float("inf") else None
+        return np.array(value, np.float64) if _fits(value) else None
+    if isinstance(value, (list, tuple)) and value and all(type(item) in (bool, int, float) for item in value):
+        return np.array(value, np.float64) if all(map(_fits, value)) else None
     if isinstance(value, (list, tuple)) and value and not any(isinstance(item, (str, dict, type(None))) for item in value):
         try:
             parts = [_as_numbers(item) for item in value]
@@ -239,9 +250,12 @@ def printable(text: str) -> str:
 
 def shown(value) -> str:
     """A student's own value, short enough for a sentence."""
-    numbers = _as_numbers(value) if isinstance(value, torch.Tensor) else None
+    large = isinstance(value, torch.Tensor) and value.numel() > _MOST_SHOWN
+    numbers = _as_numbers(value) if isinstance(value, torch.Tensor) and not large else None
     try:
-        if numbers is None:
+        if large:
+            text = f"a tensor {tuple(value.shape)}"
+        elif numbers is None:
             text = repr(value)
         elif value.ndim == 0:
             text = str(value.item())
@@ -249,9 +263,10 @@ def shown(value) -> str:
             text = f"a tensor {tuple(value.shape)} " + np.array2string(numbers, precision=4, threshold=12, separator=", ")
     except Exception:  # a student's __repr__ may do anything; and an int may have too many digits for Python
         text = f"something of type {type(value).__name__}"
-    return shortened(printable(text), _LONGEST_VALUE)
+    return shortened(text, _LONGEST_VALUE)
 
 
 def shortened(text: str, most: int) -> str:
-    """The text, or its first `most` characters and an ellipsis."""
+    """The text as `printable` has it, or the first `most` characters of that and an ellipsis."""
+    text = printable(text[: 4 * most])  # cut before it is looked at letter by letter: an answer may have megabytes of names
     return text if len(text) <= most else text[:most] + " ..."

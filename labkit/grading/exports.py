@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sysconfig
 from collections.abc import Iterable
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -112,12 +114,23 @@ def write_gradebook(folder: Path, records: Iterable[Graded], deadline: datetime 
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     unfinished.unlink(missing_ok=True)
     try:
-        with Gradebook(URL.create("sqlite", database=str(unfinished))) as gradebook:
+        with _programs_of_this_python(), Gradebook(URL.create("sqlite", database=str(unfinished))) as gradebook:
             _fill(gradebook, records, deadline, {student.id: student for student in roster})
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
     return path
+
+
+@contextmanager
+def _programs_of_this_python():
+    """The folder of this interpreter's programs first in PATH: nbgrader calls one, `alembic`, and the environment may not be activated."""
+    before = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), before])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
 
 
 def _fill(gradebook, records, deadline, roster):

@@ -37,7 +37,6 @@ from labkit.submission.cells import Cells, cells_of
 from labkit.submission.cells import read_notebook as read_source
 
 _TRIES = 2
-_ENDED = "the process ended"  # as workers say it
 _NOTHING_THERE = "No notebook was handed in for it."
 
 
@@ -213,7 +212,7 @@ class _Lane:
                     raise
             else:
                 # It may have been killed for what others did: a machine that runs out of memory picks any process.
-                if attempt == _TRIES or not any(worker.lost == _ENDED for worker in workers):
+                if attempt == _TRIES or not any(worker.lost == apart.ENDED for worker in workers):
                     return verdicts
 
     def _workers(self, made):

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,26 +39,27 @@ _READ_FILE, _READ_DIR, _EXECUTE = 1 << 2, 1 << 3, 1 << 0
 # Rights over files by version of Landlock's interface: 13 in the first, then refer, truncate, and ioctl on devices.
 _FILE_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1, 5: (1 << 16) - 1}
 _OF_FILES = _EXECUTE | _READ_FILE | 1 << 1 | 1 << 14 | 1 << 15  # the rights that a file, and not only a folder, can have
-_NOBODY = 65534
+NOBODY = 65534
+MOST_THREADS = 64
 
 # What Python, numpy and torch ask of Linux to compute, and to read and write files in a folder of their own. Modes and times of files are not
 # among it: Landlock does not watch over them, and the worker may have the same user as the files outside.
 _ALLOWED_CALLS = """
-    read write readv writev pread64 pwrite64 preadv pwritev lseek close close_range open openat creat dup dup2 dup3 flock
+    read write readv writev pread64 pwrite64 preadv pwritev lseek close close_range creat dup dup2 dup3
     stat fstat lstat newfstatat statx statfs fstatfs access faccessat faccessat2 readlink readlinkat getcwd chdir fchdir getdents getdents64
-    mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 truncate ftruncate fallocate fsync fdatasync sync_file_range umask
+    mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 ftruncate fsync fdatasync sync_file_range umask
     copy_file_range sendfile fadvise64 readahead pipe pipe2 poll ppoll select pselect6 eventfd2 socketpair shutdown
     epoll_create1 epoll_create epoll_ctl epoll_wait epoll_pwait mmap mprotect munmap mremap madvise mincore msync brk membarrier mlock munlock
     futex futex_waitv set_robust_list get_robust_list set_tid_address rseq gettid getpid getppid getuid geteuid getgid getegid getresuid getresgid
     getgroups getpgrp getpgid getsid sched_yield sched_getaffinity sched_getparam sched_getscheduler sched_get_priority_max
     sched_get_priority_min getpriority get_mempolicy getcpu nanosleep clock_nanosleep clock_gettime clock_getres gettimeofday time times getrusage
-    getrlimit prlimit64 getrandom uname sysinfo sigaltstack rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait
-    restart_syscall setitimer getitimer alarm timer_create timer_settime timer_delete tgkill exit exit_group
+    getrlimit getrandom uname sysinfo sigaltstack rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait
+    restart_syscall setitimer getitimer alarm timer_create timer_settime timer_delete exit exit_group
 """.split()
-
-
 # Descriptors, their flags, record locks, sizes of pipes. No leases, which hold up whoever opens the file, and no signals to others.
 _ALLOWED_FCNTL = (*range(8), 36, 37, 38, 1030, 1031, 1032)
+# The bits of open's flags that say whether a file is opened for reading (none of them), writing or both.
+_ACCESS = os.O_WRONLY | os.O_RDWR
 
 
 class IsolationError(OSError):
@@ -146,8 +147,8 @@ def become_nobody() -> None:
     """Take an unprivileged user's number where this process is root's; nothing otherwise."""
     if os.geteuid() == 0:
         os.setgroups([])
-        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
 def end_with_parent() -> None:
@@ -172,11 +173,28 @@ class _PathBeneath(ctypes.Structure):
     _fields_ = [("allowed", ctypes.c_uint64), ("parent", ctypes.c_int32)]
 
 
-def file_rules(readable: Iterable[str], writable: Iterable[str]) -> int:
+def without(paths: Iterable[str], hidden: Iterable[str]) -> tuple[list[str], list[str]]:
+    """`paths` without `hidden`, in two lists: what can be read as a whole, and the folders on the way, of which only the names can."""
+    hidden, whole, names = [Path(path).resolve() for path in hidden], [], []
+    waiting = [Path(path) for path in paths]
+    while waiting:
+        path = waiting.pop()
+        real = path.resolve()
+        if any(real == other or other in real.parents for other in hidden):
+            continue
+        if any(real in other.parents for other in hidden) and real.is_dir():
+            names.append(str(path))
+            waiting += path.iterdir()
+        else:
+            whole.append(str(path))
+    return whole, names
+
+
+def file_rules(readable: Iterable[str], writable: Iterable[str], listable: Iterable[str] = ()) -> int:
     """Landlock's rules for `restrict_files`, as a descriptor that children inherit: only these files and folders can be read, and only those
     others be written; no TCP, and where the kernel has it no signal and no abstract socket to anybody outside.
 
-    Paths that do not exist are left out.   Raises IsolationError.
+    listable: folders of which, with all below, only the names can be read.   Paths that do not exist are left out.   Raises IsolationError.
     """
     version = landlock_version()
     if not version:
@@ -185,7 +203,7 @@ def file_rules(readable: Iterable[str], writable: Iterable[str]) -> int:
     rules = _Ruleset(rights, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
     size = 8 if version < 4 else 16 if version < 6 else 24
     ruleset = _system_call("landlock_create_ruleset", _LANDLOCK_CREATE, ctypes.byref(rules), ctypes.c_size_t(size), ctypes.c_uint32(0))
-    for paths, allowed in ((readable, _READ_FILE | _READ_DIR | _EXECUTE), (writable, rights)):
+    for paths, allowed in ((readable, _READ_FILE | _READ_DIR | _EXECUTE), (listable, _READ_DIR), (writable, rights)):
         for path in paths:
             try:
                 descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -216,6 +234,13 @@ def call_rules() -> bytes:
         for name in _ALLOWED_CALLS:
             if seccomp.resolve_syscall(seccomp.system_arch(), name) >= 0:  # some are of one processor only
                 refused.add_rule(seccomp.ALLOW, name)
+        # A process's own limits only: those of another one of the same user can be its end.
+        refused.add_rule(seccomp.ALLOW, "prlimit64", seccomp.Arg(0, seccomp.EQ, 0))
+        # What is opened for reading must not be cut: before its version 3 Landlock does not look.
+        for name, flags in (("open", 1), ("openat", 2)):
+            if seccomp.resolve_syscall(seccomp.system_arch(), name) >= 0:
+                for mask, value in ((_ACCESS, os.O_WRONLY), (_ACCESS, os.O_RDWR), (_ACCESS | os.O_TRUNC, 0)):
+                    refused.add_rule(seccomp.ALLOW, name, seccomp.Arg(flags, seccomp.MASKED_EQ, mask, value))
         for command in _ALLOWED_FCNTL:
             refused.add_rule(seccomp.ALLOW, "fcntl", seccomp.Arg(1, seccomp.EQ, command))
         refused.add_rule(seccomp.ALLOW, "clone", seccomp.Arg(0, seccomp.MASKED_EQ, _CLONE_THREAD, _CLONE_THREAD))
@@ -237,7 +262,7 @@ def restrict_calls(rules: bytes) -> None:
     _call("prctl", _PR_SET_SECCOMP, _SECCOMP_FILTER, ctypes.byref(program), 0, 0)
 
 
-def limit_resources(memory_mib: int, cpu_seconds: int, file_mib: int, threads: int = 64, open_files: int = 256) -> None:
+def limit_resources(memory_mib: int, cpu_seconds: int, file_mib: int, threads: int = MOST_THREADS, open_files: int = 256) -> None:
     """Hard limits: `memory_mib` more address space than this process has now, processor seconds, the size of a file, threads, open files."""
     import resource  # not on Windows, where this module has to import, too
 
@@ -252,7 +277,49 @@ def limit_resources(memory_mib: int, cpu_seconds: int, file_mib: int, threads: i
         resource.RLIMIT_MEMLOCK: 0,
     }
     for kind, value in limits.items():
+        hard = resource.getrlimit(kind)[1]  # may be lower already, and then cannot be raised
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
+
+
+def newest_child() -> int:
+    """The number of the child that this thread forked last, as it is known where /proc comes from: outside of a new pid namespace.
+
+    0 where the kernel does not list children.
+    """
+    try:
+        return int(Path("/proc/thread-self/children").read_text().split()[-1])
+    except OSError:
+        return 0
+
+
+def threads_of(pid: int) -> int:
+    """How many threads a process has; 0 when it has ended."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/task"))
+    except OSError:
+        return 0
+
+
+def tried_in_a_child(trial: Callable[[], None]) -> str:
+    """Why `trial` does not work, in a few words; empty where it does. This process stays as it is: a layer cannot be taken back."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            trial()
+            os.write(writing, b"works")
+        except BaseException as error:
+            # An IsolationError names its layer itself.
+            words = str(error) if isinstance(error, IsolationError) else f"{type(error).__name__}: {error}"
+            os.write(writing, words.encode(errors="replace")[:300])
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as said:
+        words = said.read().decode(errors="replace")
+    os.waitpid(child, 0)
+    return "" if words == "works" else words or "it was killed"
 
 
 @dataclass(frozen=True)
@@ -314,23 +381,7 @@ _TRIALS = {"namespaces": _try_namespaces, "Landlock": _try_landlock, "seccomp": 
 
 def main():
     """Try the layers, each in a child, and print the result as JSON."""
-    found = {}
-    for name, trial in _TRIALS.items():
-        reading, writing = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                trial()
-                os.write(writing, b"works")
-            except BaseException as error:
-                os.write(writing, (str(error) or type(error).__name__).encode()[:300])
-            os._exit(0)
-        os.close(writing)
-        with open(reading, "rb") as said:
-            words = said.read().decode(errors="replace")
-        os.waitpid(pid, 0)
-        found[name] = "" if words == "works" else words or "the trial was killed"
-    print(json.dumps(found))
+    print(json.dumps({name: tried_in_a_child(trial) for name, trial in _TRIALS.items()}))
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ def merged(base: Policy, pairs: Pairs) -> Policy:
             weight += SCALING * (b @ a)
             if not weight.isfinite().all():
                 raise Refused(f"The adapter's numbers for {name} are so large that the merged weight is not finite: train with a smaller "
-                               "learning rate.")
+                              "learning rate.")
     return policy
 
 
@@ -305,7 +305,7 @@ def _ranks(entries, layers):
         layer, half = name.removeprefix(_PREFIX)[: -len(_A)], name[-len(_A) :]
         if not name.startswith(_PREFIX) or half not in (_A, _B) or layer not in layers:
             raise Refused(f"The adapter holds {_quoted(name)}, which is no LoRA matrix of a linear layer of the course's model: whole weights, "
-                           "biases, embeddings, the output layer, DoRA and other methods are not accepted.")
+                          "biases, embeddings, the output layer, DoRA and other methods are not accepted.")
         if dtype not in _FLOATS:
             raise Refused(f"The adapter's {_quoted(name)} has the dtype {_quoted(dtype)}; floats are accepted: {', '.join(_FLOATS)}.")
         halves.setdefault(layer, {})[half] = shape
@@ -320,7 +320,7 @@ def _rank(layer, shapes, outputs, inputs):
     rank = a[0] if a else 0
     if a != (rank, inputs) or b != (outputs, rank):
         raise Refused(f"The adapter's matrices for {layer} have the shapes {_quoted(a)} and {_quoted(b)}; A is (r, {inputs}) and B is "
-                       f"({outputs}, r) there: was it trained on another model?")
+                      f"({outputs}, r) there: was it trained on another model?")
     if not 1 <= rank <= HIGHEST_RANK:
         raise Refused(f"The adapter's rank for {layer} is {rank}; accepted are 1 to {HIGHEST_RANK}.")
     return rank

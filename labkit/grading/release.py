@@ -63,7 +63,8 @@ that line and of the `raise` below it; where one says `YOUR ANSWER HERE`, write 
 as often as you like, and names the mistake that it recognises. Without a solution the lesson goes on with the library's version.
 
 Leave the exercises' cells where they are: they are found by their names, not by what is written in them. Cells of your own do no harm, but an
-exercise's cell can only use the set-up cell and the exercises before it. `python3 -m labkit lab --reset 04` makes a copy afresh, and keeps yours.
+exercise's cell can only use the set-up cell and the exercises before it, and not peft, bitsandbytes or scikit-learn: for some exercises these are
+the answer. `python3 -m labkit lab --reset 04` makes a copy afresh, and keeps yours.
 
 ## Hand in
 
@@ -196,7 +197,7 @@ def _readme(assignment, found):
     task = assignment.performance
     if task:
         handed_in.append(f"   - your LoRA adapter for the task `{task.task}` as one safetensors file of at most {task.size_mib:g} MiB "
-                         f"({task.points:g} points; a configuration beside it is not read)")
+                         f"({task.points:g} points; loaded with alpha = 2 * rank, as `lora()` makes it; a configuration beside it is not read)")
     return README.format(title=assignment.title, name=assignment.name, release=assignment.release, due=_due(assignment),
                          files="\n".join(handed_in), rows="\n".join(rows))
 

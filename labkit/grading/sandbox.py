@@ -15,20 +15,20 @@ from pathlib import Path
 
 from labkit.errors import UserError
 from labkit.grading import isolation
-from labkit.grading.zygote import FOLDER_MIB, empty_folder
+from labkit.grading.zygote import FOLDER_FILES, FOLDER_MIB, is_small, remove_folder
 from labkit.paths import ROOT
 from labkit.processes import THREADS, course_environment
 from labkit.submission import wire
-from labkit.submission.apart import QUIET, Limits, Worker, WorkerLost
+from labkit.submission.apart import ENDED, QUIET, Limits, Worker, WorkerLost
 
 LIMITS = Limits(setup_seconds=60, cell_seconds=5, case_seconds=3, memory_mib=2048, notebook_seconds=60)
-# Sets of strings in the same order in every worker of every run, so that a regrade gives the same bytes; no threads before the fork.
-_ENVIRONMENT = {"PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false"}
+# Sets of strings in the same order in every worker of every run, so that a regrade gives the same bytes; no threads before the fork; memory in
+# large pages, where the kernel has them: a fork copies one entry a page, and takes half as long (glibc 2.35 and later).
+_ENVIRONMENT = {"PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false", "PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 # All that is kept of the instructor's own environment, where tokens and passwords lie.
 _KEPT = ("PATH", "PYTHONPATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH")
-# Memory in large pages, where the kernel has them: a fork copies one entry a page, and takes half as long (glibc 2.35 and later).
-_ENVIRONMENT |= {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 _READY_SECONDS, _REPLY_SECONDS = 180.0, 30.0
+_LOOK_SECONDS = 0.02  # between two looks at what a worker has taken
 
 
 class ZygoteLost(Exception):
@@ -79,7 +79,8 @@ class Zygote:
 
     def __enter__(self):
         self.folder = tempfile.mkdtemp(prefix="labkit-zygote-")
-        os.chmod(self.folder, 0o777 if self.how.user == "nobody" else 0o700)
+        if self.how.user == "nobody":
+            os.chown(self.folder, isolation.NOBODY, isolation.NOBODY)
         self.control, theirs = socket.socketpair()
         own = dict.fromkeys(("TMPDIR", "HOME", "MPLCONFIGDIR"), self.folder)
         environment = {name: value for name, value in course_environment().items() if name in _KEPT or name in THREADS} | QUIET | _ENVIRONMENT | own
@@ -105,11 +106,7 @@ class Zygote:
         self.process.kill()
         self.process.wait()
         self.words.close()
-        try:
-            empty_folder(self.folder)  # where no other namespace held what workers wrote
-            os.rmdir(self.folder)
-        except OSError:
-            pass  # what is left is in the temporary folder, where the system deletes it
+        remove_folder(self.folder)
 
     def start(self, limits: Limits, descriptors) -> int:
         """Fork a worker that reads requests from, answers into and prints to the three descriptors.   Returns its process id.
@@ -123,6 +120,25 @@ class Zygote:
         except OSError as error:
             raise ZygoteLost(str(error)) from None
         return self._receive()["pid"]
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether the kernel leaves something of a worker's limits to us."""
+        return self.how.tier != isolation.NAMESPACES or self._is_roots
+
+    @property
+    def _is_roots(self):
+        return self.how.user == "own" and os.geteuid() == 0
+
+    def taken_too_much(self, pid: int) -> str:
+        """What a worker has more of than it may, where the kernel does not hold it to its limits; empty where nothing."""
+        # Without a file system of its own there is no limit to all its files together; one alone is held to FOLDER_MIB.
+        if self.how.tier != isolation.NAMESPACES and not is_small(self.folder, (FOLDER_MIB + 1) * 2**20, FOLDER_FILES):
+            return f"it wrote more than {FOLDER_MIB} MiB or {FOLDER_FILES:,} files, or nested folders"
+        # RLIMIT_NPROC binds nobody who is root.
+        if self._is_roots and isolation.threads_of(pid) > isolation.MOST_THREADS:
+            return f"it started more than {isolation.MOST_THREADS} threads"
+        return ""
 
     def stop(self) -> None:
         """Kill the worker. The next one starts when it is gone, and the folder empty.   Raises ZygoteLost."""
@@ -159,7 +175,7 @@ class IsolatedWorker(Worker):
         (theirs_in, ours_out), *outputs = pipes
         theirs = [theirs_in, *(writing for _, writing in outputs)]
         try:
-            self.zygote.start(self.limits, theirs)
+            self.pid = self.zygote.start(self.limits, theirs)
         except BaseException:
             for descriptor in (ours_out, *(reading for reading, _ in outputs)):
                 os.close(descriptor)
@@ -194,13 +210,17 @@ class IsolatedWorker(Worker):
         if self.lost:
             raise WorkerLost(self.lost)
         left, received, length = memoryview(wire.encode(message)), bytearray(), None
+        longest = _LOOK_SECONDS if self.zygote.is_watching else float("inf")
         until = time.monotonic() + seconds
         self.poll.register(self.requests, select.POLLOUT)
         while length is None or len(received) < length:
-            now = time.monotonic()
-            if now > min(until, self.until):
+            left_over = min(until, self.until) - time.monotonic()
+            ready = self.poll.poll(max(0, 1000 * min(left_over, longest) + 1))
+            if left_over < 0 and self.answers not in dict(ready):  # an answer that is there has only waited for this thread
                 self.give_up_late(seconds)
-            for descriptor, _ in self.poll.poll(1000 * (min(until, self.until) - now) + 1):
+            if too_much := self.zygote.taken_too_much(self.pid):
+                self.give_up(too_much)
+            for descriptor, _ in ready:
                 if descriptor == self.requests:
                     left = self._sent(left)
                 elif descriptor == self.words:
@@ -208,7 +228,7 @@ class IsolatedWorker(Worker):
                 else:
                     block = self._read(descriptor)
                     if not block:
-                        self.give_up("the process ended")
+                        self.give_up(ENDED)
                     received += block
             if length is None and len(received) >= wire.HEADER_BYTES:
                 length = self._length(received)

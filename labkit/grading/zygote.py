@@ -12,42 +12,86 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
 import secrets
 import signal
 import socket
 import stat
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from itertools import count
 
 from labkit.grading import isolation
+from labkit.submission.absent import LIBRARIES, make_absent
 
-FOLDER_MIB = 64
+FOLDER_MIB, FOLDER_FILES, _DEEPEST = 64, 10_000, 32
 _LONGEST_MESSAGE = 1 << 16
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 
 def readable_paths() -> list[str]:
     """What a worker may read: the interpreter with its packages, the system's libraries, the course's data, and labkit without what judges."""
+    from labkit.exercises.exercise import NOT_LESSONS
     from labkit.paths import DATA, ROOT
 
     package = ROOT / "labkit"
     parts = [path for path in sorted(package.iterdir()) if path.name not in ("grading", "exercises", "__pycache__")]
-    parts += [package / "exercises" / name for name in ("__init__.py", "exercise.py", "asking.py", "judging.py")]
+    parts += [package / "exercises" / f"{name}.py" for name in ("__init__", *NOT_LESSONS)]
     system = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime", "/etc/fonts", "/sys/devices/system/cpu", *_DEVICES)
     return [sys.prefix, sys.base_prefix, *system, *map(str, parts), *(str(DATA / name) for name in ("tiny_vla", "demonstrations", "sweeps"))]
 
 
-def prepared_modules(setups: list[str]) -> dict:
-    """Source of a set-up cell -> the module that it has filled. One that raises is left out, and so will be run again in each worker."""
+def hidden_paths() -> list[str]:
+    """What no worker may read wherever it lies: the libraries that are an answer, what judges, and the notebooks with their solutions."""
+    from labkit.exercises.exercise import NOT_LESSONS
+    from labkit.paths import NOTEBOOKS, ROOT
+
+    lessons = [path for path in (ROOT / "labkit" / "exercises").glob("*.py") if path.stem not in ("__init__", *NOT_LESSONS)]
+    found = [NOTEBOOKS, ROOT / "tests", ROOT / "labkit" / "grading", *lessons]
+    for name in LIBRARIES:
+        spec = find_spec(name)
+        found += (spec.submodule_search_locations or [spec.origin]) if spec else []
+    return [str(path) for path in found if path]
+
+
+def generators() -> Callable[[], None]:
+    """A function that sets the random generators back to what they are.
+
+    Python's own forgets its seed in whatever is forked, and a set-up cell's seed is part of what it makes.
+    """
+    import numpy as np
+    import torch
+
+    mine, numpys, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    def restore():
+        random.setstate(mine)
+        np.random.set_state(numpys)
+        torch.set_rng_state(torchs)
+
+    return restore
+
+
+def prepared_setups(setups: list[str], begin: Callable[[], None]) -> dict:
+    """Source of a set-up cell -> a function that returns the module that it has filled, with the random generators as it left them.
+
+    begin: sets the generators to where every worker starts.   One that raises is left out, and so will be run again in each worker.
+    """
     from labkit.submission.worker import new_main_module, run_cell
+
+    def taken_over(module, restore):
+        restore()
+        return module
 
     found = {}
     for source in setups:
+        begin()
         module = new_main_module()
         if run_cell("set-up cell", source, vars(module)) is None:
-            found[source] = module
+            found[source] = partial(taken_over, module, generators())
     return found
 
 
@@ -71,7 +115,7 @@ class Walls:
         isolation.restrict_calls(self.calls)
 
 
-def work(descriptors, prepared, confined) -> None:
+def work(descriptors, prepared, begin, confined) -> None:
     """Be the worker: what is left of this process once it has been forked. Does not return."""
     from labkit.submission.worker import new_main_module, serve
 
@@ -79,6 +123,7 @@ def work(descriptors, prepared, confined) -> None:
         for descriptor, place in zip((os.open(os.devnull, os.O_RDONLY), descriptors[2], descriptors[2]), (0, 1, 2)):
             os.dup2(descriptor, place)
         confined()
+        begin()
         with open(descriptors[0], "rb") as requests, open(descriptors[1], "wb") as answers:
             serve(requests, answers, new_main_module(), prepared)
     except BaseException as error:
@@ -87,12 +132,22 @@ def work(descriptors, prepared, confined) -> None:
         os._exit(0)
 
 
-def serve_forever(control: socket.socket, walls: Walls, prepared: dict) -> None:
+def try_walls(walls: Walls) -> None:
+    """Put a child behind the walls: what does not work must not look like every student's fault.   Raises RuntimeError."""
+    reason = isolation.tried_in_a_child(partial(walls.confine, {"memory_mib": 1024, "cpu_seconds": 60, "file_mib": FOLDER_MIB}))
+    if reason:
+        raise RuntimeError(f"a worker cannot be confined: {reason}")
+
+
+def serve_forever(control: socket.socket, walls: Walls, prepared: dict, begin: Callable[[], None]) -> None:
     """Fork workers as they are asked for, until the other end of the control socket is closed."""
     child = 0
     while True:
         text, descriptors, _, _ = socket.recv_fds(control, _LONGEST_MESSAGE, 3)
         if not text:
+            if child:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
             return
         message = json.loads(text)
         if message["do"] == "start":
@@ -101,10 +156,10 @@ def serve_forever(control: socket.socket, walls: Walls, prepared: dict) -> None:
             child = os.fork()
             if child == 0:
                 control.close()
-                work(descriptors, prepared, partial(walls.confine, message))
+                work(descriptors, prepared, begin, partial(walls.confine, message))
             if walls.tier == isolation.NAMESPACES:
                 isolation.return_to_own_pid_namespace()
-            control.sendall(json.dumps({"pid": child}).encode())
+            control.sendall(json.dumps({"pid": isolation.newest_child()}).encode())
         elif child:
             os.kill(child, signal.SIGKILL)  # with it goes everything in its pid namespace
             control.sendall(b'{"stopped": true}')
@@ -139,9 +194,38 @@ def empty_folder(folder: str) -> None:
         os.close(top)
 
 
+def is_small(folder: str, size: int, files: int) -> bool:
+    """Whether a folder holds at most so many bytes and files, in folders that are not nested deeply; looks at no more than that many."""
+    folders = [(folder, 0)]
+    while folders:
+        path, depth = folders.pop()
+        try:
+            for entry in os.scandir(path):
+                about = entry.stat(follow_symlinks=False)
+                size, files = size - about.st_blocks * 512, files - 1
+                if size < 0 or files < 0 or depth > _DEEPEST:
+                    return False
+                if stat.S_ISDIR(about.st_mode):
+                    folders.append((entry.path, depth + 1))
+        except FileNotFoundError:
+            continue
+        except OSError:  # closed to others, and so a place to hide in
+            return False
+    return True
+
+
 def _opened(name, parent):
     os.chmod(name, 0o700, dir_fd=parent)
     return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+
+
+def remove_folder(folder: str) -> None:
+    """Delete a folder with everything in it, if that can be done."""
+    try:
+        empty_folder(folder)
+        os.rmdir(folder)
+    except OSError:
+        pass  # what is left is in the temporary folder, where the system deletes it
 
 
 def main() -> None:
@@ -152,19 +236,24 @@ def main() -> None:
         isolation.become_nobody()
     if tier == isolation.NAMESPACES:
         isolation.own_namespaces()
-        child = os.fork()
-        if child:  # stays outside, so that whoever started it has something to wait for
-            control.close()
-            os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF)
-        isolation.end_with_parent()
+    child = os.fork()
+    if child:  # stays outside, so that whoever started it has something to wait for, and somebody clears up where that one was killed
+        control.close()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        remove_folder(folder)
+        os._exit(status & 0xFF)
+    isolation.end_with_parent()
+    if tier == isolation.NAMESPACES:
+        isolation.unshare(isolation.CLONE_NEWNS)  # so that the process outside still sees what lies below
         isolation.private_folder(folder, FOLDER_MIB)
     os.chdir(folder)
     isolation.no_new_privileges()
     with control.makefile("r", encoding="utf-8") as lines:
         setups = json.loads(lines.readline())
-    import bitsandbytes  # noqa: F401  everything that a cell may import and that takes long
-    import matplotlib.pyplot  # noqa: F401
-    import peft  # noqa: F401
+    hidden = hidden_paths()
+    make_absent()
+    import matplotlib.pyplot  # noqa: F401  everything that a cell may import and that takes long
+    import numpy
     import scipy.stats  # noqa: F401
     import torch
     import transformers  # noqa: F401
@@ -172,16 +261,22 @@ def main() -> None:
     from labkit.submission.worker import act_as_notebook
 
     torch.set_num_threads(1)
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+    begin = generators()
     act_as_notebook()
-    walls = Walls(tier, folder, isolation.file_rules(readable_paths(), [folder, "/dev/null"]), isolation.call_rules())
-    prepared = prepared_modules(setups)
+    readable, listable = isolation.without(readable_paths(), hidden)
+    walls = Walls(tier, folder, isolation.file_rules(readable, [folder, "/dev/null"], listable), isolation.call_rules())
+    try_walls(walls)
+    prepared = prepared_setups(setups, begin)
     if len(os.listdir("/proc/self/task")) != 1:
         raise RuntimeError("the zygote has more than one thread: what is forked from it could hang")
     gc.collect()
     gc.freeze()  # what is never looked at again stays shared between all workers
     control.sendall(b'{"ready": true}')
     empty_folder(folder)
-    serve_forever(control, walls, prepared)
+    serve_forever(control, walls, prepared, begin)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from labkit.submission.cells import Cells
 
 _POLL_SECONDS = 0.05
 _LAST_WORDS = 20  # lines of the worker's output that are kept
+ENDED = "the process ended"  # why a worker is lost that nobody stopped
 QUIET = {"MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
 _ONLY_THESE = ("Only the set-up cell and the exercises' cells are run, in the order of the page: what this one needs from elsewhere "
                "must be in it.")
@@ -106,7 +107,10 @@ class Worker:
 
     def run(self, name: str, source: str, withheld=(), seconds: float = Limits.cell_seconds) -> Raised | None:
         """Run one cell.   withheld: modules it may not import.   Returns what it raised, or None."""
-        reply = self.exchange({"do": "run", "name": name, "source": source, "withheld": list(withheld)}, seconds)
+        try:
+            reply = self.exchange({"do": "run", "name": name, "source": source, "withheld": list(withheld)}, seconds)
+        except wire.WireError as error:  # a cell of letters that take several bytes each
+            return Raised("Unusable", f"the cell cannot be sent: {error}")
         return _raised(reply)
 
     def ask(self, entry: str, case: Case, withheld=()):
@@ -134,7 +138,7 @@ class Worker:
             if reply is None and resident_mib(self.process.pid) > self.limits.memory_mib:
                 self.give_up(f"it used more than {self.limits.memory_mib:,} MiB of memory")
         if isinstance(reply, Exception):
-            self.give_up("the process ended" if isinstance(reply, EOFError) else str(reply))
+            self.give_up(ENDED if isinstance(reply, EOFError) else str(reply))
         if not isinstance(reply, dict):
             self.give_up("the process sent no answer")
         return reply
@@ -205,7 +209,8 @@ def _raised(reply):
     found = reply.get("raised")
     if found is None:
         return None
-    if not isinstance(found, dict) or set(found) != {field.name for field in fields(Raised)} or not isinstance(found["line"], int):
+    whole = isinstance(found, dict) and set(found) == {field.name for field in fields(Raised)}
+    if not whole or not isinstance(found["line"], int) or not 0 <= found["line"] < 10**6:
         return Raised("Unusable", "the worker's answer is none")
     return Raised(str(found["kind"])[:100], str(found["message"])[:300], found["line"])
 
@@ -246,12 +251,12 @@ def _run_cells(worker, cells, exercises, problems):
 
     Returns None when a cell was stopped; its exercise is a problem then.
     """
-    raised = {}
+    raised, asked = {}, {exercise.id: exercise for exercise in exercises}
     in_setup = _run(worker, "set-up cell", cells.setup, (), worker.limits.setup_seconds)
     if worker.lost:
         problems.update({exercise.id: f"The set-up cell was stopped: {worker.lost}." for exercise in exercises})
         return None
-    for exercise in exercises:
+    for exercise in [asked[id] for id in cells.exercises if id in asked]:  # in the order of the page
         if exercise.id in problems:
             continue
         found = _run(worker, exercise.id, cells.exercises[exercise.id], _withheld(exercise), worker.limits.cell_seconds)

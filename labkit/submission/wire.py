@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 MAX_JSON = 4 * 2**20
 MAX_TENSORS = 64 * 2**20
 MAX_ITEMS = 100_000
+_MAX_HEADER = 256 * 2**10  # bytes in which safetensors describes its tensors: some thousand of them
 _MAX_DEPTH = 16
 _MAX_BITS = 8192
 _HEADER = struct.Struct(">QQ")
@@ -55,6 +56,8 @@ def decode(message: bytes):
     text_length, _ = _lengths(message[: _HEADER.size])
     body = message[_HEADER.size :]
     try:
+        if int.from_bytes(body[text_length : text_length + 8], "little") > _MAX_HEADER:
+            raise WireError(f"more than {_MAX_HEADER:,} bytes that describe tensors")
         return _Reader(load(body[text_length:])).read(json.loads(body[:text_length]), 0)
     except WireError:
         raise

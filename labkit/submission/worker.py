@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
@@ -24,6 +24,7 @@ from types import MappingProxyType
 from labkit.exercises.asking import answer, message_of, student_line
 from labkit.exercises.exercise import Case, Raised
 from labkit.submission import wire
+from labkit.submission.absent import make_absent
 
 # %time and !ls, and a name with question marks before or after it.
 _ONLY_IN_NOTEBOOKS = re.compile(r"\s*([%!].*|\?{1,2}[\w.*]+|[\w.*]+\?{1,2})\s*")
@@ -144,10 +145,10 @@ def new_main_module():
     return sys.modules["__main__"]
 
 
-def serve(requests, replies, student: types.ModuleType, prepared: Mapping[str, types.ModuleType] = MappingProxyType({})):
+def serve(requests, replies, student: types.ModuleType, prepared: Mapping[str, Callable[[], types.ModuleType]] = MappingProxyType({})):
     """Answer messages until the other side closes.   student: the module that the cells fill.
 
-    prepared: source of a set-up cell -> a module that it has filled already; taken over where exactly this cell is to be run first.
+    prepared: source of a set-up cell -> what gives a module that it has filled already; taken over where exactly this cell is to be run first.
     """
     while True:
         try:
@@ -156,7 +157,7 @@ def serve(requests, replies, student: types.ModuleType, prepared: Mapping[str, t
             return
         try:
             if message.get("source") in prepared and set(vars(student)) == _EMPTY:
-                student = sys.modules["__main__"] = prepared[message["source"]]
+                student = sys.modules["__main__"] = prepared[message["source"]]()
                 wire.send(replies, {"raised": None})
             else:
                 wire.send(replies, reply(message, vars(student)))
@@ -170,6 +171,7 @@ def main():
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
     os.dup2(2, 1)
+    make_absent()
     serve(requests, replies, act_as_notebook())
 
 

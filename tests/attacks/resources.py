@@ -77,7 +77,7 @@ for _ in range(60):
     on_count("errors-without-end", ENDLESS, "writes to the error output for ever", """
 import os
 while True:
-    os.write(2, b"x" * 4096 + b"\\n")
+    os.write(2, b"an error\\n")
 """, ),
     Attack("a-source-of-five-megabytes", STOPPED, "hands in a cell that is larger than anything that is sent, and stops who does not expect it", {
         "lora-count": "import os\nos.kill(os.getppid(), 9)\n#" + "x" * 5_000_000}),
