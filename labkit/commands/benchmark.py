@@ -2,7 +2,7 @@
 
 import json
 
-HELP = "measure speed on this machine, as ratios: camera, fine_tune, evaluation, matrix_peak, reading; or --gpu: fine-tuning of a 7B model"
+HELP = "measure speed on this machine, as ratios: camera, fine_tune, evaluation, matrix_peak, reading, serving; or --gpu: fine-tuning of a 7B model"
 
 
 def add_arguments(parser):
