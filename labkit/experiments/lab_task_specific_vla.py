@@ -33,7 +33,7 @@ from labkit.task_specific_vla import (
 from labkit.waypoint_regression import action_accuracy, fit, waypoint_samples
 
 ABOUT = ("task-specific VLA (CLIP towers and a regression head) from the generic policy data/tiny_clip_policy. variants: what trains, 50 "
-         "demonstrations of a task, recorded anew for each seed; recipe: the lab sheet's settings, with and without its learning rate for the towers, "
+         "demonstrations of a task, recorded anew for each seed; recipe: the lab sheet's settings, with and without its rate for the towers, "
          "and from the towers alone; amount: 50 or 400 demonstrations, and the wrist's yaw as a range or as cosine and sine; frames: paths of two or "
          "three legs, one picture a decision or two; robustness: forward, with augmentations, under conditions that differ in one thing; domain: put "
          "under a moved camera or in the dim, with demonstrations made there, with augmentation, with both; tokens: the tiny VLA on the "
@@ -116,7 +116,8 @@ def by_variant(point: dict) -> dict:
     if point["variant"] != "none":
         curves = specialise(policy, point["variant"], data, point["seed"])
         about = {"trainable": curves.trainable, "seconds": round(curves.seconds, 1)}
-    return {"success": counted(policy, point["task"], EPISODES), "episodes": EPISODES, **on_an_old_task(policy), "error": accuracy(policy, data), **about}
+    about["error"] = accuracy(policy, data)
+    return {"success": counted(policy, point["task"], EPISODES), "episodes": EPISODES, **on_an_old_task(policy), **about}
 
 
 def by_recipe(point: dict) -> dict:
