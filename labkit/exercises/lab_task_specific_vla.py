@@ -81,7 +81,7 @@ class Rates(Exercise):
     """Which parameters of the model train, and each one's learning rate."""
 
     entry = "learning_rates"
-    withheld = ("labkit.task_specific_vla",)
+    withheld = ("labkit.task_specific_vla", "labkit.waypoint_regression")
     close = Tolerance(rtol=1e-6, atol=0)
 
     def cases(self, rng, hidden):
@@ -173,7 +173,7 @@ class Moved(Exercise):
     """A test of a training step: what should have moved and did not, and what moved and should not have."""
 
     entry = "moved_wrongly"
-    withheld = ("labkit.task_specific_vla",)
+    withheld = ("labkit.task_specific_vla", "labkit.waypoint_regression")
 
     def cases(self, rng, hidden):
         scenes = [("a large step", 1e-2, (), ()), ("a step of a rate like 5e-6", 5e-6, ("vision.layers.1.weight",), ()),
@@ -267,7 +267,7 @@ class Scale(Exercise):
     """The mean and the standard deviation of each of an action's numbers, fit to divide by."""
 
     entry = "action_scale"
-    withheld = ("labkit.task_specific_vla",)
+    withheld = ("labkit.task_specific_vla", "labkit.waypoint_regression")
     close = Tolerance(rtol=1e-4, atol=1e-6)
 
     def cases(self, rng, hidden):
@@ -370,7 +370,7 @@ class Best(Exercise):
     """Which epoch's weights to keep, and after which epoch to stop."""
 
     entry = "best_and_last"
-    withheld = ("labkit.task_specific_vla",)
+    withheld = ("labkit.task_specific_vla", "labkit.waypoint_regression")
     close = Tolerance(rtol=0, atol=0)
 
     def cases(self, rng, hidden):
