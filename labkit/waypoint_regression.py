@@ -359,11 +359,15 @@ def predict(policy: WaypointPolicy, samples: WaypointSamples, batch_size: int = 
 def action_accuracy(policy: WaypointPolicy, samples: WaypointSamples) -> dict[str, dict]:
     """Mean absolute error of each axis: {"x": {"error": ..., "unit": "m"}, ...}; the axes of another robot are named by their number.
 
-    The grip's is the share of decisions on the wrong side of one half.
+    An angle that comes round is never further off than half its period. The grip's is the share of decisions on the wrong side of one half.
     """
-    predicted = predict(policy, samples)
-    if samples.actions.shape[1] != len(AXES):
-        return {str(i): {"error": float(value), "unit": ""} for i, value in enumerate(np.abs(predicted - samples.actions).mean(0))}
-    errors = np.abs(predicted - samples.actions).mean(0)
+    predicted, normaliser = predict(policy, samples), policy.model.normaliser
+    errors = np.abs(predicted - samples.actions)
+    if normaliser.periodic is not None:
+        turned = errors[:, normaliser.periodic] % normaliser.period
+        errors[:, normaliser.periodic] = np.minimum(turned, normaliser.period - turned)
+    errors = errors.mean(0)
+    if len(errors) != len(AXES):
+        return {str(i): {"error": float(value), "unit": ""} for i, value in enumerate(errors)}
     errors[-1] = ((predicted[:, -1] > 0.5) != (samples.actions[:, -1] > 0.5)).mean()
     return {name: {"error": float(value), "unit": unit} for name, value, unit in zip(AXES, errors, UNITS)}

@@ -20,6 +20,7 @@ from labkit.robustness import CONDITIONS, under
 from labkit.rollouts import EVALUATION_SEED, rollout
 from labkit.synthetic_paths import synthetic_paths
 from labkit.tabletop import Tabletop, Variation
+from labkit.tabletop.tasks import yaw_error
 from labkit.task_specific_vla import (
     ActionNormaliser,
     TaskSpecificVLA,
@@ -30,7 +31,7 @@ from labkit.task_specific_vla import (
     set_trainable,
     with_two_frames,
 )
-from labkit.waypoint_regression import action_accuracy, fit, waypoint_samples
+from labkit.waypoint_regression import action_accuracy, fit, predict, waypoint_samples
 
 ABOUT = ("task-specific VLA (CLIP towers and a regression head) from the generic policy data/tiny_clip_policy. variants: what trains, 50 "
          "demonstrations of a task, recorded anew for each seed; recipe: the lab sheet's settings, with and without its rate for the towers, "
@@ -63,14 +64,14 @@ def points() -> list[dict]:
     ]
     parts = [
         *({"part": "frames", "frames": frames, "legs": legs} for frames, legs in ((1, 2), (2, 2), (2, 3))),
-        *({"part": "amount", "task": task, "demonstrations": count, "yaw": "circle"} for task in ("align", "assemble") for count in (50, 400)),
-        {"part": "amount", "task": "align", "demonstrations": 400, "yaw": "range"},
         *({"part": "variants", "task": task, "variant": variant} for task in TASKS for variant in VARIANTS),
         *({"part": "recipe", "task": task, "source": source, "tower_rate": rate}
           for task, source, rate in (("forward", "generic", 5e-6), ("forward", "generic", 0.0), ("put_held_out", "towers", 5e-6))),
         *({"part": "robustness", "policy": augmentation} for augmentation in AUGMENTATIONS),
         *({"part": "domain", "domain": domain, "method": method} for domain in DOMAINS for method in ("target", "augmentation", "both")),
         *({"part": "tokens", "task": task, "method": "lora-16"} for task in TASKS),
+        *({"part": "amount", "task": task, "demonstrations": count, "yaw": "circle"} for task in ("align", "assemble") for count in (50, 400)),
+        {"part": "amount", "task": "align", "demonstrations": 400, "yaw": "range"},
     ]
     return [{**part, "seed": 0} for part in once] + [{**part, "seed": seed} for part in parts for seed in SEEDS]
 
@@ -142,9 +143,10 @@ def by_amount(point: dict) -> dict:
     policy = with_yaw_as_a_range(policy) if point["yaw"] == "range" else policy
     curves = specialise(policy, "full", data, point["seed"])
     test = waypoint_samples(data[2], 1)
-    yaw = [action_accuracy(policy, test.rows(np.flatnonzero(test.holding == held)))["yaw"]["error"] for held in (False, True)]
+    turned = [yaw_error(*both) for both in zip(predict(policy, test)[:, 5], test.actions[:, 5])]
+    yaw = [np.mean([turn for turn, held in zip(turned, test.holding) if held == holds]) for holds in (False, True)]
     return {"success": counted(policy, point["task"], EPISODES, variation=variation), "episodes": EPISODES, "error": accuracy(policy, data),
-            "yaw": {"grasp": round(yaw[0], 4), "place": round(yaw[1], 4)}, "seconds": round(curves.seconds, 1)}
+            "yaw": {"grasp": round(float(yaw[0]), 4), "place": round(float(yaw[1]), 4)}, "seconds": round(curves.seconds, 1)}
 
 
 def with_yaw_as_a_range(policy: WaypointPolicy) -> WaypointPolicy:
