@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -399,7 +400,7 @@ class Best(Exercise):
         ### END HIDDEN TESTS
         for losses, patience in curves:
             higher = float(rng.uniform(0.1, 9))
-            losses = [round(loss + higher, 4) for loss in losses]
+            losses = [math.nan if math.isnan(loss) else round(loss + higher, 4) for loss in losses]
             yield Case(
                 {"losses": losses, "patience": patience}, says="validation losses {losses} and a patience of {patience}",
                 must="The first is the epoch with the least loss so far, counted from 0 and the earlier of two that are equal; the second the epoch "
