@@ -70,6 +70,13 @@ CLAIMS = {
     "same-forgetting": Claim("catastrophic forgetting of tasks is that of a language model's abilities", "lecture, GenAI context"),
     "same-anchors": Claim("EWC and data mixing play the part of the KL from the reference in RLHF", "lecture, GenAI context"),
     "same-adapters": Claim("one backbone with an adapter for each task, robot and language model alike", "lecture, GenAI context"),
+    "sheet-specialise": Claim("fine-tuning makes a general model do a special task with higher accuracy", "lab sheet 2, objective"),
+    "sheet-readout": Claim("the towers' pooled outputs, side by side, are what the head acts on", "lab sheet 2, step 2"),
+    "sheet-memory": Claim("tasks of many steps need a model with memory", "lab sheet 2, step 2"),
+    "sheet-rates": Claim("learning rates: 1e-4 for the head, 5e-6 for the last two layers of the towers", "lab sheet 2, step 3"),
+    "sheet-loss": Claim("one mean of squares over position and orientation", "lab sheet 2, step 3"),
+    "sheet-evaluation": Claim("the model is evaluated by its loss on test data", "lab sheet 2, step 5"),
+    "sheet-little-data": Claim("against too little data: augmentation, synthetic data", "lab sheet 2, troubleshooting"),
 }
 
 

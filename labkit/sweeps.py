@@ -36,7 +36,7 @@ _VERSIONS = ("torch", "transformers", "peft", "mujoco", "numpy")
 
 @dataclass(frozen=True)
 class AcrossSeeds:
-    """A success rate over several seeds.   rate: the mean.   interval: 95 %, see `Sweep.success`.   seeds: how many."""
+    """A success rate over seeds.   rate: the mean.   interval: 95 %, see `Sweep.success`.   seeds: how many."""
 
     rate: float
     interval: tuple[float, float]
@@ -44,7 +44,7 @@ class AcrossSeeds:
 
     def __str__(self):
         low, high = self.interval
-        return f"{100 * self.rate:.0f} % ({100 * low:.0f} to {100 * high:.0f} %, {self.seeds} seeds)"
+        return f"{100 * self.rate:.0f} % ({100 * low:.0f} to {100 * high:.0f} %, {self.seeds} seed{'s' * (self.seeds > 1)})"
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,13 @@ class Sweep:
         """Mean success over the seeds with these settings.   count, of: results that hold the number of successes and of episodes.
 
         The interval is the t-interval over seeds, widened to Wilson's over all episodes where that is wider: seeds that happen to agree
-        (five times 0 of 100) do not make a rate certain.
+        (five times 0 of 100) do not make a rate certain. What no seed decides was measured once: it has Wilson's.
         """
         successes, episodes = self.values(count, **settings), self.values(of, **settings)
-        mean, low, high = mean_interval(successes / episodes)
         lowest, highest = wilson(int(successes.sum()), int(episodes.sum()))
+        if len(successes) == 1:
+            return AcrossSeeds(float(successes[0] / episodes[0]), (lowest, highest), 1)
+        mean, low, high = mean_interval(successes / episodes)
         return AcrossSeeds(mean, (min(low, lowest), max(high, highest)), len(successes))
 
 

@@ -67,6 +67,14 @@ class ActionNormaliser(nn.Module):
         still = high - low < 1e-6
         return cls(np.where(still, low - 0.5, low), np.where(still, high + 0.5, high))
 
+    @classmethod
+    def standardising(cls, actions) -> "ActionNormaliser":
+        """One standard deviation on either side of the mean of some actions (N, A), as -1 to 1; an axis that never moves has 1 as its deviation."""
+        actions = np.asarray(actions, np.float64)
+        mean, std = actions.mean(0), actions.std(0)
+        std[std < 1e-12] = 1.0
+        return cls(mean - std, mean + std)
+
     @property
     def width(self) -> int:
         """How many numbers stand for one action: A, and one more where an angle comes round."""

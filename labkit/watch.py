@@ -111,7 +111,9 @@ def _shoot_episode(policy, env, observation, result):
     while not over:
         decision = policy.decide([observation])
         result.said.append(decision)
+        before = observation["rgb"]
         observation, _, terminated, truncated, info = env.step(decision.waypoints[0])
+        observation["previous_rgb"] = before
         over = terminated or truncated
         if result.success is not None:
             result.success = info["success"]

@@ -83,12 +83,44 @@ class Curves:
     trainable: int = 0
     total: int = 0
 
+    def add(self, train: float, validation: float) -> bool:
+        """One more epoch; True where its validation loss is the lowest so far."""
+        self.train.append(train)
+        self.validation.append(validation)
+        is_best = self.best_epoch < 0 or validation < self.validation[self.best_epoch]
+        if is_best:
+            self.best_epoch = len(self.validation) - 1
+        return is_best
+
+    def is_stale(self, patience: int | None) -> bool:
+        """Whether the last `patience` epochs brought no lower validation loss."""
+        return patience is not None and len(self.train) - 1 - self.best_epoch >= patience
+
     def __str__(self):
         if not self.train:
             return "no epochs"
         ended = ", stopped early" if self.stopped_early else ""
         return (f"{len(self.train)} epochs in {self.seconds:.1f} s{ended}, loss {self.train[0]:.4f} to {self.train[-1]:.4f}, best validation "
                 f"{self.validation[self.best_epoch]:.4f} in epoch {self.best_epoch}, {self.trainable:,} of {self.total:,} parameters trained")
+
+
+def epochs_of(losses: Iterable[float], patience: int) -> list[int]:
+    """[best, last]: whose weights `fit` would load again, and after which epoch it would stop, at these validation losses."""
+    curves = Curves()
+    for value in losses:
+        if not curves.is_stale(patience):
+            curves.add(value, value)
+    return [curves.best_epoch, len(curves.validation) - 1]
+
+
+def step_faults(before: dict, after: dict, trained) -> dict[str, list[str]]:
+    """What a training step did that it should not have done.
+
+    before, after: name -> tensor.   trained: names that are meant to move.   Returns {"still": names of these that did not, "moved": names of
+    others that did}.
+    """
+    changed = {name for name, value in before.items() if (value != after[name]).any()}
+    return {"still": [name for name in trained if name not in changed], "moved": sorted(changed.difference(trained), key=list(before).index)}
 
 
 def patch_of(waypoints, patch: int):
@@ -191,7 +223,7 @@ class _Run:
         batches = -(-len(self.train) // self.settings["batch_size"])
         with tqdm(total=epochs * batches, initial=first * batches, desc="fitting", unit="step", disable=not progress, leave=False) as bar:
             for epoch in range(first, epochs):
-                if self._is_stale(patience):
+                if self.curves.is_stale(patience):
                     break
                 begun = time.perf_counter()
                 self._one_epoch(epoch, bar)
@@ -200,14 +232,11 @@ class _Run:
                 bar.set_postfix(train=f"{self.curves.train[-1]:.4f}", validation=f"{self.curves.validation[-1]:.4f}")
                 for callback in callbacks:
                     callback(epoch, self.policy, self.curves)
-        self.curves.stopped_early = self._is_stale(patience)
+        self.curves.stopped_early = self.curves.is_stale(patience)
         if self.curves.best_epoch >= 0:
             self._load_best()
         self.model.eval()
         return self.curves
-
-    def _is_stale(self, patience):
-        return patience is not None and len(self.curves.train) - 1 - self.curves.best_epoch >= patience
 
     def _one_epoch(self, epoch, bar):
         samples = self.train if self.augment is None else self.augment(self.train, epoch)
@@ -228,10 +257,7 @@ class _Run:
                 total += float(value.detach()) * len(rows)
                 bar.update()
         self.scheduler.step()
-        self.curves.train.append(total / len(samples))
-        self.curves.validation.append(self._validation_loss())
-        if self.curves.validation[-1] < self.curves.validation[self.curves.best_epoch] or self.curves.best_epoch < 0:
-            self.curves.best_epoch = epoch
+        if self.curves.add(total / len(samples), self._validation_loss()):
             self._save_best()
 
     def _seen(self, samples, rows):
@@ -333,11 +359,15 @@ def predict(policy: WaypointPolicy, samples: WaypointSamples, batch_size: int = 
 def action_accuracy(policy: WaypointPolicy, samples: WaypointSamples) -> dict[str, dict]:
     """Mean absolute error of each axis: {"x": {"error": ..., "unit": "m"}, ...}; the axes of another robot are named by their number.
 
-    The grip's is the share of decisions on the wrong side of one half.
+    An angle that comes round is never further off than half its period. The grip's is the share of decisions on the wrong side of one half.
     """
-    predicted = predict(policy, samples)
-    if samples.actions.shape[1] != len(AXES):
-        return {str(i): {"error": float(value), "unit": ""} for i, value in enumerate(np.abs(predicted - samples.actions).mean(0))}
-    errors = np.abs(predicted - samples.actions).mean(0)
+    predicted, normaliser = predict(policy, samples), policy.model.normaliser
+    errors = np.abs(predicted - samples.actions)
+    if normaliser.periodic is not None:
+        turned = errors[:, normaliser.periodic] % normaliser.period
+        errors[:, normaliser.periodic] = np.minimum(turned, normaliser.period - turned)
+    errors = errors.mean(0)
+    if len(errors) != len(AXES):
+        return {str(i): {"error": float(value), "unit": ""} for i, value in enumerate(errors)}
     errors[-1] = ((predicted[:, -1] > 0.5) != (samples.actions[:, -1] > 0.5)).mean()
     return {name: {"error": float(value), "unit": unit} for name, value, unit in zip(AXES, errors, UNITS)}

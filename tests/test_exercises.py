@@ -36,6 +36,13 @@ EQUIVALENT = {
         "found.append(torch.corrcoef(pairs)[0, 1]) -> found.append(torch.corrcoef(pairs)[1, 0])": "the matrix is symmetric",
         "found.append(torch.corrcoef(pairs)[0, 1]) -> found.append(torch.corrcoef(pairs)[0, -1])": "place 1 of two is the last one",
     },
+    "lab-scale": {
+        "return {'mean': actions.mean(dim=0), 'std': torch.where(std == 0, 1.0, std)} -> "
+        "return {'mean': actions.mean(dim=0), 'std': torch.where(std <= 0, 1.0, std)}": "no deviation is below zero",
+    },
+    "lab-best": {
+        "if epoch - best == patience: -> if epoch - best >= patience:": "the difference grows by one an epoch and is looked at in each",
+    },
     "few-shot-paired": {
         "half = 1.96 * differences.std() / len(differences) ** 0.5 -> half = 1.96 * differences.std() / len(first) ** 0.5":
             "there are as many differences as episodes",

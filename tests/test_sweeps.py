@@ -317,6 +317,11 @@ def test_seeds_that_agree_are_no_more_certain_than_their_episodes(successes):
     assert np.allclose(sweep.success("success").interval, [expected.low, expected.high], atol=1e-6)
 
 
+def test_what_was_measured_once_has_the_interval_of_its_episodes():
+    found = Sweep("once", {}, [{"seed": 0, "success": 7, "episodes": 50}]).success("success")
+    assert (found.rate, found.seeds) == (0.14, 1) and found.interval == rollouts.wilson(7, 50) and str(found).endswith("1 seed)")
+
+
 def test_a_sweep_that_was_never_run_is_one_sentence_that_names_the_command(tmp_path):
     for folder in (tmp_path, str(tmp_path)):
         with pytest.raises(UserError, match="python3 -m labkit sweep nonsense") as raised:
@@ -482,6 +487,7 @@ AGAIN = {
     "sft_loss_masking": {"task": "stack", "loss": "action tokens", "words": 0, "seed": 0},
     "instruction_tuning": {"part": "numbers", "said": "number", "seed": 0},
     "adapters": {"method": "adapter", "placement": "layer", "bottleneck": 16, "init_std": 0.0, "learning_rate": 0.01, "use": "test", "seed": 0},
+    "lab_task_specific_vla": {"part": "variants", "task": "forward", "variant": "lora", "seed": 0},
     "lora": {"part": "rank", "rank": 16, "learning_rate": 1e-3, "task": "forward", "seed": 0},
     "qlora": {"part": "learning", "task": "forward", "targets": "attention", "base": "nf4", "seed": 0},
     "adapters_at_deployment": {"part": "validation", "suite": "ahead", "rank": 16, "targets": "attention", "steps": 50, "learning_rate": 5e-3,

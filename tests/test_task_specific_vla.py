@@ -152,6 +152,14 @@ def test_fitted_normaliser_spans_another_robots_actions_and_survives_a_still_axi
     assert np.allclose(numbers[:, 1], 0, atol=1e-6)
 
 
+def test_a_standardising_normaliser_is_numpys_score_and_leaves_a_still_axis_at_zero():
+    actions = np.random.default_rng(1).normal([3.0, -2.0, 5.0], [0.1, 7.0, 1.0], (40, 3))
+    actions[:, 2] = 5.0
+    numbers = ActionNormaliser.standardising(actions)(torch.tensor(actions)).numpy()
+    assert np.allclose(numbers[:, :2].mean(0), 0, atol=1e-4) and np.allclose(numbers[:, :2].std(0), 1, atol=1e-4)
+    assert np.allclose(numbers[:, 2], 0, atol=1e-5)
+
+
 @pytest.mark.parametrize("low, high", [([0, 0], [1, 0]), ([0], [1, 1]), ([0.0], [float("nan")])])
 def test_normaliser_refuses_a_range_that_is_none(low, high):
     with pytest.raises(ValueError, match="high above low"):

@@ -13,7 +13,7 @@ from labkit.demonstrations import read
 from labkit.errors import UserError
 from labkit.paths import DATA
 from labkit.task_specific_vla import ActionNormaliser, policy_from_towers, set_trainable
-from labkit.waypoint_regression import WaypointSamples, action_accuracy, fit, patch_of, predict, waypoint_samples
+from labkit.waypoint_regression import WaypointSamples, action_accuracy, epochs_of, fit, patch_of, predict, step_faults, waypoint_samples
 
 SETTINGS = {"epochs": 4, "batch_size": 4, "progress": False, "step_size": 2, "gamma": 0.5}
 
@@ -100,6 +100,19 @@ def test_one_step_is_adamw_on_the_mean_squared_error(policy, train, validation):
     ours, theirs = weights(policy), weights(by_hand)
     # AdamW's first step is about the rate times the gradient's sign: where the gradient is near zero, rounding decides the sign.
     assert np.mean([torch.isclose(ours[name], theirs[name], atol=2e-5).float().mean().item() for name in ours]) > 0.98
+
+
+def test_epochs_of_a_curve_are_those_of_a_run(policy, train, validation):
+    curves = fit(policy, train, validation, **{**SETTINGS, "epochs": 8, "head_rate": 0.03, "tower_rate": 0.03}, patience=2)
+    assert epochs_of(curves.validation, 2) == [curves.best_epoch, len(curves.validation) - 1]
+    assert epochs_of([5.0, 3.0, 4.0, 4.0, 1.0], 2) == [1, 3] and epochs_of([3.0, 2.0], 5) == [1, 1]
+
+
+def test_step_faults_name_what_stood_still_and_what_strayed():
+    before = {name: torch.zeros(2) for name in "abcd"}
+    after = {**before, "b": torch.tensor([0.0, 1e-30]), "d": torch.ones(2)}
+    assert step_faults(before, after, ["a", "b"]) == {"still": ["a"], "moved": ["d"]}
+    assert step_faults(before, before, []) == {"still": [], "moved": []}
 
 
 @pytest.mark.parametrize("variant", ["frozen", "language"])

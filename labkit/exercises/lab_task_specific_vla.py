@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -81,7 +82,7 @@ class Rates(Exercise):
     """Which parameters of the model train, and each one's learning rate."""
 
     entry = "learning_rates"
-    withheld = ("labkit.task_specific_vla",)
+    withheld = ("labkit.task_specific_vla", "labkit.waypoint_regression")
     close = Tolerance(rtol=1e-6, atol=0)
 
     def cases(self, rng, hidden):
@@ -99,13 +100,20 @@ class Rates(Exercise):
                 facts={"vision": vision, "text": text, "last": last, "names_in_all": len(named)} | ({"prefix": prefix} if prefix else {}),
             )
 
+    def relevant(self, given, case):
+        """The rate of every name, in their order; -1 where a name is not in the answer."""
+        names = case.arguments["names"]
+        if not set(given) <= set(names):
+            raise ValueError("a name that no parameter has")
+        return [float(given.get(name, -1.0)) for name in names]
+
     def expected(self, case):
         """torch's own: the parameters that belong to the modules `encoder.layers[-last:]`."""
         facts, given = case.facts, case.arguments
         named, towers = _towers(facts["vision"], facts["text"], facts.get("prefix", ""))
         chosen = {id(parameter) for layers in towers for parameter in layers[-given["last"] :].parameters()}
-        found = {name: given["tower_rate"] for name, parameter in named.items() if id(parameter) in chosen}
-        return found | {name: given["head_rate"] for name in named if name.startswith("head.")}
+        in_towers = {name: given["tower_rate"] if id(parameter) in chosen else -1.0 for name, parameter in named.items()}
+        return [given["head_rate"] if name.startswith("head.") else rate for name, rate in in_towers.items()]
 
     misconceptions = {
         "You compared the layers' numbers as text, where 9 comes after 11: turn them into int.": _order_of_letters,
@@ -173,7 +181,7 @@ class Moved(Exercise):
     """A test of a training step: what should have moved and did not, and what moved and should not have."""
 
     entry = "moved_wrongly"
-    withheld = ("labkit.task_specific_vla",)
+    withheld = ("labkit.task_specific_vla", "labkit.waypoint_regression")
 
     def cases(self, rng, hidden):
         scenes = [("a large step", 1e-2, (), ()), ("a step of a rate like 5e-6", 5e-6, ("vision.layers.1.weight",), ()),
@@ -202,11 +210,19 @@ class Moved(Exercise):
                 facts={"meant": len(trained), "frozen": len(before) - len(trained)},
             )
 
+    def relevant(self, given, case):
+        """How often each list has each name, in the order of `before`."""
+        names = list(case.arguments["before"])
+        if not set(given["still"]) | set(given["moved"]) <= set(names):
+            raise ValueError("a name that no parameter has")
+        return {kind: [list(listed).count(name) for name in names] for kind, listed in given.items()}
+
     def expected(self, case):
-        """numpy's comparison of the bytes."""
+        """numpy's comparison of the bytes: 1 for a name that is listed."""
         before, after, trained = case.arguments.values()
         same = {name: before[name].numpy().tobytes() == after[name].numpy().tobytes() for name in before}
-        return {"still": [name for name in trained if same[name]], "moved": [name for name in before if name not in trained and not same[name]]}
+        return {"still": [int(name in trained and same[name]) for name in before],
+                "moved": [int(name not in trained and not same[name]) for name in before]}
 
     misconceptions = {
         "You allow for a tolerance: a step at a rate like 5e-6 is smaller than any, and would count as none. Ask whether the values are equal.":
@@ -267,7 +283,7 @@ class Scale(Exercise):
     """The mean and the standard deviation of each of an action's numbers, fit to divide by."""
 
     entry = "action_scale"
-    withheld = ("labkit.task_specific_vla",)
+    withheld = ("labkit.task_specific_vla", "labkit.waypoint_regression")
     close = Tolerance(rtol=1e-4, atol=1e-6)
 
     def cases(self, rng, hidden):
@@ -370,7 +386,7 @@ class Best(Exercise):
     """Which epoch's weights to keep, and after which epoch to stop."""
 
     entry = "best_and_last"
-    withheld = ("labkit.task_specific_vla",)
+    withheld = ("labkit.task_specific_vla", "labkit.waypoint_regression")
     close = Tolerance(rtol=0, atol=0)
 
     def cases(self, rng, hidden):
@@ -379,9 +395,12 @@ class Best(Exercise):
         ### BEGIN HIDDEN TESTS
         if hidden:
             curves += [([float("nan"), 3.0, 2.0, 2.5, 2.25, 2.125], 3), ([2.0, float("nan"), float("nan"), 1.0], 2), ([1.0], 1),
+                       ([float("nan")] * 3 + [1.0], 2),
                        ([9.0, 8.0, 8.5, 7.0, 7.5, 7.25, 6.0], 1), ([float(x) for x in rng.permutation(12)], 4)]
         ### END HIDDEN TESTS
         for losses, patience in curves:
+            higher = float(rng.uniform(0.1, 9))
+            losses = [math.nan if math.isnan(loss) else round(loss + higher, 4) for loss in losses]
             yield Case(
                 {"losses": losses, "patience": patience}, says="validation losses {losses} and a patience of {patience}",
                 must="The first is the epoch with the least loss so far, counted from 0 and the earlier of two that are equal; the second the epoch "

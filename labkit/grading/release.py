@@ -29,7 +29,7 @@ INTRODUCTION = "00_start_here"
 # Of the package: what is for instructors, and what needs the tests.
 LEFT_OUT = ("labkit/grading/", "labkit/commands/release.py", "labkit/commands/grade.py", "labkit/commands/test.py")
 # Named one by one: assignments and rosters lie in the same folder.
-DATA_PARTS = ("claims.json", "demonstrations", "sweeps", "tiny_vla")
+DATA_PARTS = ("claims.json", "demonstrations", "sweeps", "tiny_clip", "tiny_clip_policy", "tiny_vla")
 TOP = ("LICENSE", "environment.yml", "pyproject.toml")
 _HIDDEN = re.compile(r"^[ \t]*### BEGIN HIDDEN TESTS\n.*?^[ \t]*### END HIDDEN TESTS\n", re.MULTILINE | re.DOTALL)
 _MARK = re.compile(r"(BEGIN|END) (SOLUTION|HIDDEN TESTS|MARK SCHEME)")

@@ -41,7 +41,8 @@ def readable_paths() -> list[str]:
     parts = [path for path in sorted(package.iterdir()) if path.name not in ("grading", "exercises", "__pycache__")]
     parts += [package / "exercises" / f"{name}.py" for name in ("__init__", *NOT_LESSONS)]
     system = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime", "/etc/fonts", "/sys/devices/system/cpu", *_DEVICES)
-    return [sys.prefix, sys.base_prefix, *system, *map(str, parts), *(str(DATA / name) for name in ("tiny_vla", "demonstrations", "sweeps"))]
+    data = (str(DATA / name) for name in ("tiny_vla", "tiny_clip", "tiny_clip_policy", "demonstrations", "sweeps"))
+    return [sys.prefix, sys.base_prefix, *system, *map(str, parts), *data]
 
 
 def hidden_paths() -> list[str]:
