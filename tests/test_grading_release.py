@@ -74,7 +74,7 @@ ORACLES = {
     "lab-rates": {"labkit.exercises.lab_task_specific_vla._rates": "the frame of the known mistakes, which sorts the layers of each tower"},
     "lab-moved": {"labkit.waypoint_regression.step_faults": "compares elementwise and subtracts sets"},
     "lab-scale": {"labkit.exercises.lab_task_specific_vla._statistics": "the frame of the known mistakes, in double precision"},
-    "lab-best": {"labkit.exercises.lab_task_specific_vla._followed": "the frame of the known mistakes, with the rule for a better loss as an argument"},
+    "lab-best": {"labkit.exercises.lab_task_specific_vla._followed": "the frame of the known mistakes; what is better is an argument"},
     "lora-layer": {"labkit.exercises.lora_parameter_counting._Layer": "the frame of the known mistakes, which merges before it multiplies"},
     "lora-merge": {"labkit.peft_lora.merged_by_peft": "peft's own merge"},
     "lora-rank-needed": {"labkit.experiments.lora.rank_for": "numpy's singular values, by what is lost instead of what is kept"},
