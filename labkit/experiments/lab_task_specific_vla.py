@@ -146,10 +146,10 @@ def by_amount(point: dict) -> dict:
     curves = specialise(policy, "full", data, point["seed"], **(WRIST if align else {}))
     held_out = waypoint_samples(data[1] + data[2])
     turned = [yaw_error(*both) for both in zip(predict(policy, held_out)[:, 5], held_out.actions[:, 5])]
-    yaw = {name: float(np.mean([turn for turn, held in zip(turned, held_out.holding) if held == holds]))
-           for name, holds in (("grasp", False), ("place", True))}
+    turn = {name: float(np.mean([error for error, held in zip(turned, held_out.holding) if held == holds]))
+            for name, holds in (("grasp", False), ("place", True))}
     return {"success": counted(policy, point["task"], EPISODES, variation=variation), "episodes": EPISODES, "error": accuracy(policy, data),
-            "yaw": {name: round(value, 4) for name, value in yaw.items()}, "seconds": round(curves.seconds, 1)}
+            "turn": {name: round(value, 4) for name, value in turn.items()}, "seconds": round(curves.seconds, 1)}
 
 
 def with_a_new_wrist(policy: WaypointPolicy, yaw: str) -> WaypointPolicy:
