@@ -9,9 +9,7 @@ their labels and the mixture of tasks are those of the tiny VLA (pretrain.py).
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from labkit.actions import bins_to_action, full_waypoint
 from labkit.paths import ROOT
 from labkit.pretrain import Recipe as SceneRecipe
 from labkit.pretrain import Sampler, labelled_scenes
+from labkit.recipes import digest_of, half_cosine
 from labkit.tabletop.tasks import PRETRAINING_TASKS
 from labkit.task_specific_vla import GENERIC, TINY_CLIP, WaypointPolicy, load_waypoint_policy, policy_from_clip
 from labkit.waypoint_regression import LOSSES, pointing_loss
@@ -53,14 +52,11 @@ class Recipe:
     @property
     def digest(self) -> str:
         """Eight hexadecimal digits that tell this recipe from any other."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+        return digest_of(self)
 
     def share(self, step: int) -> float:
         """Of the learning rates, at a step: warm-up, then half a cosine down to `final_rate`."""
-        if step < self.warm_up:
-            return (step + 1) / self.warm_up
-        done = (step - self.warm_up) / max(1, self.steps - self.warm_up)
-        return self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return half_cosine(step, self.steps, self.warm_up, self.final_rate)
 
 
 def batch_loss(policy: WaypointPolicy, images, sentences, holding, actions, loss, pointing: float = 0.0):

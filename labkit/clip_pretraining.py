@@ -8,7 +8,6 @@ makes `data/tiny_clip` again; run it once more to go on after a stop. Lessons ne
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import re
@@ -21,6 +20,7 @@ import numpy as np
 from labkit.instructions import BIN_NOUNS, COLOURS, SHAPE_NOUNS, SHAPES, ZONES
 from labkit.paths import DATA, ROOT
 from labkit.pretrain import CAMERA_JITTER, LAMP_TURN, LIGHT_RANGE
+from labkit.recipes import digest_of, half_cosine
 
 TOWERS = DATA / "tiny_clip"
 CACHE = ROOT / "data" / ".cache" / "clip"
@@ -59,14 +59,11 @@ class Recipe:
     @property
     def digest(self) -> str:
         """Eight hexadecimal digits that tell this recipe from any other."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+        return digest_of(self)
 
     def rate(self, step: int) -> float:
         """Learning rate at a step: warm-up, then half a cosine down to `final_rate` of the peak."""
-        if step < self.warm_up:
-            return self.learning_rate * (step + 1) / self.warm_up
-        share = (step - self.warm_up) / max(1, self.steps - self.warm_up)
-        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+        return self.learning_rate * half_cosine(step, self.steps, self.warm_up, self.final_rate)
 
 
 def photograph_scene(seed: int):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +14,7 @@ import numpy as np
 
 from labkit.actions import BINS, NAMES, action_to_bins, small_action
 from labkit.instructions import COLOURS, SHAPES, ZONES, Command, say
+from labkit.recipes import digest_of
 from labkit.tabletop.tasks import PRETRAINING_TASKS
 
 CAMERA_JITTER = 0.01
@@ -48,7 +48,7 @@ class Recipe:
     @property
     def digest(self) -> str:
         """Eight hexadecimal digits that tell this recipe from any other."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+        return digest_of(self)
 
     def rate(self, step: int) -> float:
         """Learning rate at a step: warm-up, constant, then linear to `final_rate` of the peak."""

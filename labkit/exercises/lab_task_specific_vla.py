@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 
 import numpy as np
@@ -321,15 +322,12 @@ class Scale(Exercise):
     }
 
 
-def _followed(losses, patience, *, better=lambda new, best: new < best, wait=0, first=float("inf")):
-    """[best, last] as a loop over the epochs finds them."""
-    best, kept = 0, first
-    for epoch, loss in enumerate(losses):
-        if better(loss, kept):
-            best, kept = epoch, loss
-        elif epoch - best >= patience + wait:
-            return [best, epoch]
-    return [best, len(losses) - 1]
+def _followed(losses, patience, *, better=operator.lt, wait=0):
+    """[best, last], from the epochs that brought a new least loss and the gaps between them."""
+    lows = [0] + [i for i, new in enumerate(losses) if new == new and all(better(new, old) for old in losses[:i] if old == old)]
+    ends = [low + patience + wait for low in lows]
+    stop = next((n for n, end in enumerate(ends[:-1]) if lows[n + 1] > end), len(lows) - 1)
+    return [lows[stop], min(ends[stop], len(losses) - 1)]
 
 
 def _last_kept(losses, patience):
@@ -346,7 +344,7 @@ def _never_stops(losses, patience):
 
 
 def _ties_replace(losses, patience):
-    return _followed(losses, patience, better=lambda new, best: new <= best)
+    return _followed(losses, patience, better=operator.le)
 
 
 def _one_too_patient(losses, patience):
@@ -365,11 +363,6 @@ def _against_the_one_before(losses, patience):
         if worse == patience:
             return [best, epoch]
     return [best, len(losses) - 1]
-
-
-def _starts_from_the_first(losses, patience):
-    return _followed(losses[1:], patience, first=losses[0]) if len(losses) < 2 else [
-        value + 1 if value or losses[1] < losses[0] else 0 for value in _followed(losses[1:], patience, first=losses[0])]
 
 
 def _number_of_epochs(losses, patience):

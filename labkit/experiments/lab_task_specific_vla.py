@@ -47,6 +47,7 @@ AUGMENTATIONS = {"none": {}, "colour": {"colour": 0.5}, "crop": {"crop": 3}, "no
                  "all": {"colour": 0.5, "crop": 3, "noise": 15.0}}
 OURS = {"epochs": 20, "batch_size": 16, "head_rate": 1e-3, "tower_rate": 3e-4, "step_size": 10, "gamma": 0.5, "loss": "l1", "pointing": 0.1}
 LORA_RATE = 2e-3
+WRIST = {"epochs": 24, "tower_rate": 5e-4, "step_size": 12, "gamma": 0.3}
 SHEET = {"epochs": 20, "batch_size": 16, "head_rate": 1e-4, "tower_rate": 5e-6, "weight_decay": 0.01, "step_size": 10, "gamma": 0.9, "loss": "mse"}
 PATHS = {"epochs": 12, "batch_size": 128, "head_rate": 1e-3, "tower_rate": 5e-4, "step_size": 4, "gamma": 0.4, "loss": "l1", "pointing": 0.1}
 RECORDED_FROM, READOUT_STEPS, NAVIGATE_EPISODES = 7_000_000, 1200, 400
@@ -137,28 +138,33 @@ def weights_of_towers(policy: WaypointPolicy) -> torch.Tensor:
 
 
 def by_amount(point: dict) -> dict:
-    """Successes after full fine-tuning on so many demonstrations; the error by axis."""
-    variation = Variation(bin_yaw=0.5) if point["task"] == "align" else Variation()
+    """Successes after full fine-tuning on so many demonstrations; the error by axis, and of the yaw apart for grasping and placing, in radians."""
+    align = point["task"] == "align"
+    variation = Variation(bin_yaw=0.5) if align else Variation()
     data, policy = recorded(point["task"], point["demonstrations"], point["seed"], variation), load_waypoint_policy()
-    policy = with_yaw_as_a_range(policy) if point["yaw"] == "range" else policy
-    curves = specialise(policy, "full", data, point["seed"])
-    test = waypoint_samples(data[2], 1)
-    turned = [yaw_error(*both) for both in zip(predict(policy, test)[:, 5], test.actions[:, 5])]
-    yaw = [np.mean([turn for turn, held in zip(turned, test.holding) if held == holds]) for holds in (False, True)]
+    policy = with_a_new_wrist(policy, point["yaw"]) if align else policy
+    curves = specialise(policy, "full", data, point["seed"], **(WRIST if align else {}))
+    held_out = waypoint_samples(data[1] + data[2])
+    turned = [yaw_error(*both) for both in zip(predict(policy, held_out)[:, 5], held_out.actions[:, 5])]
+    turn = {name: float(np.mean([error for error, held in zip(turned, held_out.holding) if held == holds]))
+            for name, holds in (("grasp", False), ("place", True))}
     return {"success": counted(policy, point["task"], EPISODES, variation=variation), "episodes": EPISODES, "error": accuracy(policy, data),
-            "yaw": {"grasp": round(float(yaw[0]), 4), "place": round(float(yaw[1]), 4)}, "seconds": round(curves.seconds, 1)}
+            "turn": {name: round(value, 4) for name, value in turn.items()}, "seconds": round(curves.seconds, 1)}
 
 
-def with_yaw_as_a_range(policy: WaypointPolicy) -> WaypointPolicy:
-    """A copy whose head says the wrist's yaw as one number from -1 to 1; what it says about it starts at zero, the rest is the same."""
+def with_a_new_wrist(policy: WaypointPolicy, yaw: str) -> WaypointPolicy:
+    """A copy whose head says the wrist's yaw as cosine and sine ("circle") or as one number from -1 to 1 ("range").
+
+    What it says about the yaw starts at zero, the rest is the same.
+    """
     old, copy = policy.model, policy.copy()
-    plain, last = ActionNormaliser(), old.action_head[3]
-    copy.model = TaskSpecificVLA(copy.model.vision_encoder, copy.model.text_encoder, old.readout, old.frames, last.in_features,
-                                 old.action_head[2].p, plain)
+    normaliser = ActionNormaliser() if yaw == "range" else ActionNormaliser.tabletop()
+    copy.model = TaskSpecificVLA(copy.model.vision_encoder, copy.model.text_encoder, old.readout, old.frames, old.action_head[3].in_features,
+                                 old.action_head[2].p, normaliser)
     kept = {name: value.clone() for name, value in old.state_dict().items() if not name.startswith("normaliser.")}
     for name in ("action_head.3.weight", "action_head.3.bias"):
-        kept[name] = kept[name][: plain.width]
-        kept[name][old.normaliser.periodic] = 0.0
+        kept[name][[old.normaliser.periodic, -1]] = 0.0
+        kept[name] = kept[name][: normaliser.width]
     copy.model.load_state_dict(kept, strict=False)
     copy.model.eval()
     return copy
