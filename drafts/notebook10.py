@@ -1,0 +1,70 @@
+import torch
+
+
+def int8_weights(weight):
+    """Symmetric int8 weights with a scale for each row (output channel).
+
+    weight: (O, I) float.
+    Returns {"q": (O, I) whole numbers from -127 to 127, "scale": (O,), so that scale * q is near the weight; 1 for a row of zeros,
+    "error": norm of weight - scale * q through the norm of weight}.
+    """
+    ### BEGIN SOLUTION
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    scale = torch.where(scale == 0, 1.0, scale)
+    q = (weight / scale).round()
+    error = (weight - scale * q).norm() / weight.norm()
+    return {"q": q, "scale": scale.flatten(), "error": error}
+    ### END SOLUTION
+
+
+def answered_by(sketches, capacity, threshold):
+    """Which request's features answer each request, from a cache of the least recently used.
+
+    sketches: (N, 2), what similarity is judged by, as the distance between two.   capacity: how many encodings are kept, >= 1.
+    Returns N numbers: of the nearest kept request no further than the threshold, or its own where none is and it must be encoded.
+    """
+    ### BEGIN SOLUTION
+    kept, answers = [], []
+    for number, sketch in enumerate(sketches):
+        away = [float((sketch - sketches[other]).norm()) for other in kept]
+        if kept and min(away) <= threshold:
+            found = kept.pop(away.index(min(away)))
+        else:
+            found = number
+        kept = [*kept, found][-capacity:]
+        answers.append(found)
+    return answers
+    ### END SOLUTION
+
+
+def latest(seconds, window, deadline):
+    """How the last decisions were, after each one.
+
+    seconds: (N,) float.   window: how many decisions, >= 1.   deadline: seconds.
+    Returns {"p95": (N,) 95th percentile of the last `window` decisions, or of all where there are fewer, "missed": (N,) share of them that
+    took longer than the deadline}.
+    """
+    ### BEGIN SOLUTION
+    p95, missed = [], []
+    for end in range(1, len(seconds) + 1):
+        recent = seconds[max(0, end - window):end]
+        p95.append(torch.quantile(recent, 0.95))
+        missed.append((recent > deadline).float().mean())
+    return {"p95": torch.stack(p95), "missed": torch.stack(missed)}
+    ### END SOLUTION
+
+
+def page_hinkley(values, delta, threshold):
+    """The Page-Hinkley test for a mean that rises.
+
+    values: (N,) float.   delta, threshold: in the values' unit.
+    Returns {"evidence": (N,) sum of value - mean so far - delta, less the least that this sum has been so far, "alarm": the first place,
+    counted from 0, where the evidence is above the threshold, or -1}.
+    """
+    ### BEGIN SOLUTION
+    mean = values.cumsum(0) / torch.arange(1, len(values) + 1)
+    total = (values - mean - delta).cumsum(0)
+    evidence = total - total.cummin(0).values
+    above = (evidence > threshold).nonzero()
+    return {"evidence": evidence, "alarm": int(above[0]) if len(above) else -1}
+    ### END SOLUTION
