@@ -119,7 +119,7 @@ where = {"independent tables": dict(of="pictures", scenes="independent"), "a blo
 for (label, found), colour, marker in zip(where.items(), plots.COLOURS, plots.MARKERS):
     points = sweep.where(part="caching", **found)
     hits = [100 * (p["exact"] + p["similar"]) / (p["exact"] + p["similar"] + p["misses"]) for p in points]
-    panel = panels[label == "sentences"]
+    panel = panels[int(label == "sentences")]
     panel.plot(hits, [p["success"] for p in points], color=colour, marker=marker, label=label)
 for panel in panels:
     panel.set(xlabel="hits (% of encodings)", ylabel="success (% of 100 episodes)", ylim=(-4, 104))
@@ -148,17 +148,41 @@ from labkit.serving.monitor import Monitor
 monitor = Monitor(deadline=0.05)
 with PolicyCore(policy_named("generic"), monitor=monitor) as core:
     with PolicyServer(core, port=0).in_background() as server:
-        print(PolicyClient(server.url).health())
-        served = rollout(PolicyClient(server.url), "put", episodes=30)
+        client, first_server = PolicyClient(server.url), server
+        print(client.health())
+        served = rollout(client, "put", episodes=30)
 alone = rollout(generic, "put", episodes=30)
 print("through HTTP:", served)
 print("the same episodes succeed:", np.array_equal(served.success, alone.success))
 print(monitor.look())
 """)
+L.md("bridge", r"""
+A server must stand what clients send. Each of these gets a 4xx and one sentence, and the next request is answered as if nothing had been:
+""")
+L.code("bridge", r"""
+import http.client, json
+
+BAD = {"no JSON": b"{'image': 1}", "no image": b'{"instruction": "pick up the ball"}',
+       "a picture of text": b'{"image": "cat", "instruction": "pick up the ball"}',
+       "numbers for words": b'{"image": [[[0, 0, 0]]], "instruction": 7}',
+       "too large": b"[" + b"0," * 3_000_000 + b"0]"}
+with PolicyCore(policy_named("generic")) as core, PolicyServer(core, port=0).in_background() as server:
+    for label, body in BAD.items():
+        connection = http.client.HTTPConnection("127.0.0.1", server.port)
+        try:
+            connection.request("POST", "/act", body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            print(f"{label:18s} {answer.status} {answer.read().decode()[:150]}")
+        except (BrokenPipeError, ConnectionResetError):
+            print(f"{label:18s} refused while it was being sent")
+    print("still there:", PolicyClient(server.url).health())
+""")
 L.md("idea", r"""
 ## An alarm for a world that drifts
 
-TODO: Page-Hinkley; what it catches and what not (camera sideways: never).
+Page (1954) and Hinkley (1971): add up how far each number lies above the mean so far, less a tolerance $\delta$; as long as nothing has changed, the sum keeps falling back to its own minimum. When it has climbed a threshold above that, the mean has moved:
+
+$$m_t = \sum_{k \le t} (x_k - \bar x_k - \delta), \qquad \text{alarm where } m_t - \min_{k \le t} m_k > \lambda$$
 """)
 L.md("exercise", r"""
 **Exercise 4 · 10 minutes · medium · 4 points** The Page-Hinkley test.
@@ -199,7 +223,42 @@ for p in sweep.where(part="troubles", seed=0):
 L.md("figure", r"""
 ## Your report
 
-TODO: LabReport(folder).dataset/training/comparison/integration, build, check.
+Numbers are filled in from what you ran; what they mean is left to you. `check` finds what is missing or does not agree; a person reads the rest by the rubric.
+""")
+L.code("figure", r"""
+from labkit import DATA
+from labkit.lab_report import LabReport
+
+report = LabReport(Path(tempfile.mkdtemp()), author="you")
+report.dataset(DATA / "demonstrations" / "forward")
+report.integration(first_server, served, alone)
+page, notebook = report.build()
+print(page.name, notebook.name)
+print(*report.check(), sep="\n")
+""")
+L.md("play", r"""
+## Play: a robot under watch
+
+TODO: sliders for delay and belt; the monitor's line beside the film.
+""")
+L.md("control", r"""
+## What would fool us
+
+TODO: (1) is it the late answer, or the belt? the same delays with the belt at rest; (2) a cache that never hits costs what it looks up.
+""")
+L.md("question", r"""
+## Question (in your own words, about 150 words)
+
+A team's policy succeeds in 71 of 100 episodes with 16-bit weights and in 58 with 8-bit weights, on a robot that controls five times a second. They conclude that 8 bits are too few. Which two measurements would you ask for before you agree, and what would each outcome mean? Support your answer with results of this notebook. Then say which of the sheet's three cures for slow inference you would try first on a machine like yours, and why.
+
+<details><summary>How the answer is marked (5 points)</summary>
+
+- 1: asks for the response time of both policies (p50 and p95), since 8 bits may be slower
+- 1: asks for success of both with the same waiting (the robot stands still while it thinks), which leaves precision alone
+- 1: reads both outcomes: equal success then means latency, unequal means precision; says which scale (per row or one) and whether it was calibrated
+- 1: a number with its interval from this notebook for delay and one for precision
+- 1: a cure with its measured ratio of times, and what it costs in success
+</details>
 """)
 out=sys.argv[1]
 L.write(out)
