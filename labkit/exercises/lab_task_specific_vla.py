@@ -104,8 +104,8 @@ class Rates(Exercise):
     def relevant(self, given, case):
         """The rate of every name, in their order; -1 where a name is not in the answer."""
         names = case.arguments["names"]
-        if not set(given) <= set(names):
-            raise ValueError("a name that no parameter has")
+        if not set(given) <= set(names) or min(given.values(), default=0.0) < 0:
+            raise ValueError("a name that no parameter has, or a rate that is none")
         return [float(given.get(name, -1.0)) for name in names]
 
     def expected(self, case):

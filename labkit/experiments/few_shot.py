@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 from labkit.demonstrations import samples
+from labkit.experiments.measuring import counted, counted_on_layouts_of
 from labkit.policy import load_policy
 from labkit.preprocessing import FAULTS, as_recorded, cleaned, record_session
 from labkit.recording import record
@@ -76,7 +77,7 @@ def by_number(point: dict) -> dict:
 
     history = learn(policy, samples(data), point["method"], seed, rate_of(point["method"], checkpoint), max(steps), [measure])
     found = {"success": learned, "episodes": EPISODES, "loss": round(float(np.mean(history.loss[-10:])), 4), "seconds": round(history.seconds, 1)}
-    return found if count == MANY else {**found, "seen": on_their_layouts(policy, data), "seen_episodes": count}
+    return found if count == MANY else {**found, "seen": counted_on_layouts_of(policy, data), "seen_episodes": count}
 
 
 def faulty(point: dict) -> dict:
@@ -113,7 +114,7 @@ def by_operators(point: dict) -> dict:
     who = tuple(with_habits(name, point["habits"]) for name in chosen)
     policy, data = load_policy("tiny", device="cpu"), recorded(TASK, 12, seed, operators=who)
     learn(policy, samples(data), "lora-16", seed)
-    return {"success": counted(policy, TASK, EPISODES), "episodes": EPISODES, "seen": on_their_layouts(policy, data), "seen_episodes": len(data),
+    return {"success": counted(policy, TASK, EPISODES), "episodes": EPISODES, "seen": counted_on_layouts_of(policy, data), "seen_episodes": len(data),
             "grasp_mm": grasp_offset(policy), "taught_mm": [round(1000 * float(x), 2) for x in np.mean([one.grasp_offset for one in who], axis=0)]}
 
 
@@ -191,15 +192,3 @@ def rate_of(method: str, checkpoint: str = "tiny") -> float:
     where = {"checkpoint": checkpoint, "method": method}
     rates = sorted({point["learning_rate"] for point in stored.where(**where)})
     return max(rates, key=lambda rate: stored.values("success", learning_rate=rate, **where).mean())
-
-
-def on_their_layouts(policy, demonstrations) -> int:
-    """Successes on the very layouts of the demonstrations."""
-    seeds = np.array([d.seed for d in demonstrations])
-    whole = rollout(policy, demonstrations[0].task, int(np.ptp(seeds)) + 1, seed=int(seeds.min()), progress=False)
-    return int(whole.success[seeds - seeds.min()].sum())
-
-
-def counted(policy, task, episodes, **options) -> int:
-    """Number of successful episodes."""
-    return int(rollout(policy, task, episodes, progress=False, **options).success.sum())

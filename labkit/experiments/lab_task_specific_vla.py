@@ -22,6 +22,7 @@ from labkit.synthetic_paths import synthetic_paths
 from labkit.tabletop import Tabletop, Variation
 from labkit.tabletop.tasks import yaw_error
 from labkit.task_specific_vla import (
+    VARIANTS,
     ActionNormaliser,
     TaskSpecificVLA,
     WaypointPolicy,
@@ -41,8 +42,7 @@ ABOUT = ("task-specific VLA (CLIP towers and a regression head) from the generic
          "demonstrations of `variants`; readout: generic policies made in 1,200 steps with either readout")
 SEEDS, EPISODES, FEWER = range(3), 100, 50
 TASKS = ("stack", "forward", "put_held_out")
-VARIANTS = ("frozen", "language", "last-layers", "lora", "full")
-DOMAINS = {"camera": Variation(camera_shift=(0.16, 0.0, 0.0)), "dim": Variation(light=0.2)}
+DOMAINS = {"camera": few_shot.moved(16), "dim": Variation(light=0.2)}
 AUGMENTATIONS = {"none": {}, "colour": {"colour": 0.5}, "crop": {"crop": 3}, "noise": {"noise": 15.0}, "words": {},
                  "all": {"colour": 0.5, "crop": 3, "noise": 15.0}}
 OURS = {"epochs": 20, "batch_size": 16, "head_rate": 1e-3, "tower_rate": 3e-4, "step_size": 10, "gamma": 0.5, "loss": "l1", "pointing": 0.1}
