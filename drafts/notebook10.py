@@ -5,8 +5,9 @@ def int8_weights(weight):
     """Symmetric int8 weights with a scale for each row (output channel).
 
     weight: (O, I) float.
-    Returns {"q": (O, I) whole numbers from -127 to 127, "scale": (O,), so that scale * q is near the weight; 1 for a row of zeros,
-    "error": norm of weight - scale * q through the norm of weight}.
+    Returns {"q": (O, I) whole numbers from -127 to 127,
+             "scale": (O,), so that scale * q is near the weight; 1 for a row of zeros,
+             "error": norm of weight - scale * q through the norm of weight}.
     """
     ### BEGIN SOLUTION
     scale = weight.abs().amax(dim=1, keepdim=True) / 127
@@ -18,10 +19,11 @@ def int8_weights(weight):
 
 
 def answered_by(sketches, capacity, threshold):
-    """Which request's features answer each request, from a cache of the least recently used.
+    """Whose encoding answers each request, from a cache where the least recently used one makes room.
 
-    sketches: (N, 2), what similarity is judged by, as the distance between two.   capacity: how many encodings are kept, >= 1.
-    Returns N numbers: of the nearest kept request no further than the threshold, or its own where none is and it must be encoded.
+    sketches: (N, 2), a request each; how alike two are is their distance in the plane.
+    capacity: how many encodings are kept, at least 1.   threshold: what is no further away may answer.
+    Returns N numbers: of the nearest kept request where that is near enough, else the request's own.
     """
     ### BEGIN SOLUTION
     kept, answers = [], []
@@ -40,9 +42,9 @@ def answered_by(sketches, capacity, threshold):
 def latest(seconds, window, deadline):
     """How the last decisions were, after each one.
 
-    seconds: (N,) float.   window: how many decisions, >= 1.   deadline: seconds.
-    Returns {"p95": (N,) 95th percentile of the last `window` decisions, or of all where there are fewer, "missed": (N,) share of them that
-    took longer than the deadline}.
+    seconds: (N,) float.   window: how many decisions, at least 1.   deadline: seconds.
+    Returns {"p95": (N,) 95th percentile of the last `window` decisions (or of all, while there are fewer),
+             "missed": (N,) share of them that took longer than the deadline}.
     """
     ### BEGIN SOLUTION
     p95, missed = [], []
@@ -58,8 +60,8 @@ def page_hinkley(values, delta, threshold):
     """The Page-Hinkley test for a mean that rises.
 
     values: (N,) float.   delta, threshold: in the values' unit.
-    Returns {"evidence": (N,) sum of value - mean so far - delta, less the least that this sum has been so far, "alarm": the first place,
-    counted from 0, where the evidence is above the threshold, or -1}.
+    Returns {"evidence": (N,) sum of value - mean so far - delta, less the least this sum has been so far,
+             "alarm": the first place, counted from 0, where the evidence is above the threshold, or -1}.
     """
     ### BEGIN SOLUTION
     mean = values.cumsum(0) / torch.arange(1, len(values) + 1)

@@ -1,8 +1,8 @@
 """Run the code cells of a notebook in one process, print errors and time by cell."""
 import sys, nbformat, time, traceback, io, contextlib
 import matplotlib; matplotlib.use("Agg")
-import os; os.chdir("/tmp/p/w7/notebooks")
-nb=nbformat.read("/tmp/p/w7/"+sys.argv[1],4); ns={}; only=sys.argv[2:] 
+import os; os.chdir("/tmp/p/w10/notebooks")
+nb=nbformat.read("/tmp/p/w10/"+sys.argv[1],4); ns={}; only=sys.argv[2:] 
 from IPython.core.interactiveshell import InteractiveShell
 total=0
 for c in nb.cells:

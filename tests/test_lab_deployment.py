@@ -1,12 +1,14 @@
-"""The deployment experiment: its points, each part on shrunken settings, and the pieces that exist only there."""
+"""The deployment experiment: its points, each part on shrunken settings, the pieces that exist only there; and its lesson's cases."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 
 from labkit.actions import action_to_bins, small_action
+from labkit.exercises.exercise import all_exercises
 from labkit.experiments import lab_deployment as lab
 from labkit.forgetting import l2_penalty, start_of
 from labkit.policy import Decision
@@ -232,3 +234,39 @@ def test_a_cost_is_measured_in_turn_with_the_references(observations, monkeypatc
     found = lab.cost(Stub("small", 0.002), Stub("large", 0.005), observations)
     assert asked[:4] == ["small", "large", "small", "large"] and found["ms"] == {"p50": 2.0, "p95": 2.0} and found["fp32_ms"]["p50"] == 5.0
     assert found["bytes"] == 24
+
+
+# --- the exercises' cases -----------------------------------------------------------------------------------------------------
+
+def hidden_cases(id):
+    return [case for secret in ("a secret", "another", "a third") for case in all_exercises()[id].drawn(secret, hidden=True)]
+
+
+def test_no_weight_lies_near_the_middle_of_two_steps():
+    """So that no way of dividing, and neither rule for halves, decides a rounding."""
+    for case in hidden_cases("lab-int8"):
+        weight = case.arguments["weight"].double()
+        steps = 127 * weight / weight.abs().amax(1, keepdim=True).clamp(min=1e-9)
+        assert weight.any() and ((steps.abs() % 1 - 0.5).abs() > 0.1).all()
+
+
+def test_no_request_has_two_near_ones_at_the_same_distance_or_one_almost_at_the_threshold():
+    """So that the answer is one, in single and in double precision."""
+    asked = all_exercises()["lab-cache"]
+    for case in hidden_cases("lab-cache"):
+        sketches, capacity, threshold = case.arguments.values()
+        points, kept = sketches.tolist(), []
+        assert len(points) <= 25, "torch.cdist is exact up to there"
+        for point, found in zip(points, asked.expected(case), strict=True):
+            away = sorted(math.dist(point, points[other]) for other in kept)
+            assert all(a == threshold or abs(a - threshold) > 1e-4 for a in away)
+            near = [a for a in away if a <= threshold]
+            assert all(b - a > 1e-4 for a, b in zip(near, near[1:]))
+            kept = [*(other for other in kept if other != found), found][-capacity:]
+
+
+def test_no_evidence_lies_almost_at_the_threshold():
+    asked = all_exercises()["lab-drift"]
+    evidence = [(e, case.arguments["threshold"]) for case in hidden_cases("lab-drift") for e in asked.expected(case)["evidence"]]
+    assert any(e == threshold for e, threshold in evidence)
+    assert all(e == threshold or abs(e - threshold) > 1e-3 for e, threshold in evidence)

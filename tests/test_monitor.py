@@ -165,7 +165,7 @@ def test_a_policy_without_probabilities_is_watched_without_them_and_one_of_zero_
     assert {alarm.stream for alarms in raised for alarm in alarms} == {"confidence"}
 
 
-@pytest.mark.parametrize("numbers", [{"deadline": 0}, {"window": 0}])
+@pytest.mark.parametrize("numbers", [{"deadline": 0}, {"deadline": np.nan}, {"window": 0}])
 def test_a_deadline_or_window_of_nothing_is_refused(numbers):
     with pytest.raises(ValueError, match="positive"):
         Monitor(**numbers)

@@ -500,6 +500,10 @@ def two_policies(tmp_path_factory):
     return folder
 
 
+class WrongType(Exception):
+    """rclpy's ParameterException."""
+
+
 def test_from_the_generic_to_the_task_specific_policy_is_one_parameter(types, two_policies, monkeypatch, observations):
     """`run` against a stand-in for rclpy: everything but the middleware itself."""
     from labkit import task_specific_vla
@@ -512,6 +516,9 @@ def test_from_the_generic_to_the_task_specific_policy_is_one_parameter(types, tw
 
     class Node(Clock):
         def declare_parameter(self, name, default):
+            # As rclpy does: what is given must have the default's type.
+            if type(parameters.get(name, default)) is not type(default):
+                raise WrongType(f"Trying to set parameter '{name}'")
             return python_types.SimpleNamespace(value=parameters.get(name, default))
 
         def destroy_node(self):
@@ -529,6 +536,7 @@ def test_from_the_generic_to_the_task_specific_policy_is_one_parameter(types, tw
     closed = []
     rclpy = python_types.SimpleNamespace(init=lambda args: None, create_node=create_node, spin=spin, try_shutdown=lambda: closed.append(True))
     monkeypatch.setitem(sys.modules, "rclpy", rclpy)
+    monkeypatch.setitem(sys.modules, "rclpy.exceptions", python_types.SimpleNamespace(ParameterException=WrongType))
     monkeypatch.setitem(sys.modules, "rclpy.executors", python_types.SimpleNamespace(ExternalShutdownException=RuntimeError))
     monkeypatch.setitem(sys.modules, "rclpy.qos", python_types.SimpleNamespace(qos_profile_sensor_data=5))
     places = []
@@ -542,6 +550,10 @@ def test_from_the_generic_to_the_task_specific_policy_is_one_parameter(types, tw
         waypoint = task_specific_vla.load_waypoint_policy(two_policies / name).act({"rgb": shown, "instruction": said, "holding": 0})
         assert np.allclose(place[:6], path_of(waypoint, AT_HOME, 0)[1][0][:6], atol=1e-6)
     assert not np.allclose(places[0][:3], places[1][:3], atol=1e-3)
+    parameters["deadline"] = 1
+    with pytest.raises(UserError, match="'deadline'.*1.0, not 1"):
+        ros_node.run([])
+    assert nodes[-1].destroyed
 
 
 @pytest.mark.slow

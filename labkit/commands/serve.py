@@ -1,5 +1,7 @@
 """`serve`: a policy behind HTTP, for robots and simulators. The server is in labkit/serving/http.py, its core in labkit/serving/core.py."""
 
+import argparse
+import math
 import os
 
 HELP = "answer robots over HTTP with a policy, in OpenVLA's /act protocol"
@@ -12,12 +14,19 @@ def add_arguments(parser):
     parser.add_argument("--host", default="127.0.0.1", help="who can reach it: 0.0.0.0 is everybody (default: 127.0.0.1, this machine alone)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes one that is free (default: 8000)")
     parser.add_argument("--token", help="clients must send it: Authorization: Bearer TOKEN (default: the environment variable LABKIT_TOKEN, or none)")
-    parser.add_argument("--max-body", type=float, default=4.0, metavar="MIB", help="the largest request (default: 4)")
-    parser.add_argument("--patience", type=float, default=10.0, metavar="S", help="seconds that a request may take to arrive (default: 10)")
+    parser.add_argument("--max-body", type=_positive, default=4.0, metavar="MIB", help="the largest request (default: 4)")
+    parser.add_argument("--patience", type=_positive, default=10.0, metavar="S", help="seconds that a request may take to arrive (default: 10)")
     parser.add_argument("--max-batch", type=int, default=8, metavar="N",
                         help="observations that waiting requests may share a forward with; 1: each alone (default: 8)")
     parser.add_argument("--wait-ms", type=float, default=3.0, metavar="MS", help="how long a forward waits for others at most (default: 3)")
-    parser.add_argument("--deadline-ms", type=float, default=100.0, metavar="MS", help="a decision that takes longer is counted (default: 100)")
+    parser.add_argument("--deadline-ms", type=_positive, default=100.0, metavar="MS", help="a decision that takes longer is counted (default: 100)")
+
+
+def _positive(text):
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
 
 
 def main(args):

@@ -8,26 +8,21 @@ import torch
 from labkit.exercises.exercise import Case, Exercise, Tolerance, exercise
 
 
-def _sizes(weight):
-    return weight.abs().amax(1, keepdim=True)
-
-
-def _int8(weight, *, sizes=_sizes, most=127, cut=torch.round, zeros=True, power=1):
-    """The right answer with one of its judgements exchanged.   sizes: weight -> what the scales are made of, broadcastable to the weight."""
-    scale = sizes(weight) / most
-    scale = torch.where(scale == 0, 1.0, scale) if zeros else scale
-    q = cut(weight / scale).clamp(-128, 127)
-    error = ((weight - scale * q).norm() / weight.norm()) ** power
-    return {"q": q, "scale": scale.flatten(), "error": error}
+def _int8(weight, *, size=lambda row: row.abs().max(), most=127, cut=torch.round, empty=1.0, share=torch.div):
+    """The right answer with one of its judgements exchanged.   size: of a row, what its scale is made of.   empty: the scale of a row of zeros."""
+    steps = torch.stack([size(row) for row in weight]) / most
+    steps[steps == 0] = empty
+    whole = cut(weight / steps[:, None]).clamp(-128, 127)
+    return dict(q=whole, scale=steps, error=share(torch.dist(weight, whole * steps[:, None]), torch.dist(weight, 0 * weight)))
 
 
 def _one_scale_for_all(weight):
-    found = _int8(weight, sizes=lambda w: w.abs().amax())
-    return {**found, "scale": found["scale"].expand(len(weight))}
+    return _int8(weight, size=lambda row: weight.abs().max())
 
 
 def _a_scale_for_each_column(weight):
-    return _int8(weight, sizes=lambda w: w.abs().amax(0, keepdim=True))
+    found = _int8(weight.T)
+    return {**found, "q": found["q"].T}
 
 
 def _up_to_128(weight):
@@ -35,7 +30,7 @@ def _up_to_128(weight):
 
 
 def _largest_without_its_sign(weight):
-    return _int8(weight, sizes=lambda w: w.amax(1, keepdim=True))
+    return _int8(weight, size=torch.max)
 
 
 def _cut_off(weight):
@@ -43,15 +38,24 @@ def _cut_off(weight):
 
 
 def _range_by_255(weight):
-    return _int8(weight, sizes=lambda w: w.amax(1, keepdim=True) - w.amin(1, keepdim=True), most=255)
+    return _int8(weight, size=lambda row: row.max() - row.min(), most=255)
 
 
 def _zero_divided_by_zero(weight):
-    return _int8(weight, zeros=False)
+    return _int8(weight, empty=0.0)
+
+
+def _multiplied(weight):
+    found = _int8(weight)
+    return {**found, "scale": 1 / found["scale"]}
 
 
 def _squared_error(weight):
-    return _int8(weight, power=2)
+    return _int8(weight, share=lambda lost, all: (lost / all) ** 2)
+
+
+def _not_a_share(weight):
+    return _int8(weight, share=lambda lost, all: lost)
 
 
 @exercise("lab-int8", points=4, minutes=10)
@@ -60,7 +64,7 @@ class Int8(Exercise):
 
     entry = "int8_weights"
     withheld = ("labkit.serving.quantisation",)
-    close = Tolerance(rtol=5e-4, atol=1e-7)
+    close = Tolerance(rtol=5e-4, atol=1e-6)
 
     def cases(self, rng, hidden):
         shapes = [(3, 5, ()), (4, 4, (2,))]
@@ -78,18 +82,24 @@ class Int8(Exercise):
             yield Case(
                 {"weight": torch.from_numpy(weight).float()},
                 says="a weight of {rows} rows and {columns} columns" + (", with a row of zeros" if zero else ""),
-                must='"scale" is the largest absolute value of each row through 127, or 1; "q" the weight through its row\'s scale, rounded; "error" '
-                     "the norm of what is lost through the norm of the weight.",
+                must='"scale" is the largest absolute value of each row divided by 127, or 1 for a row of zeros; "q" the weight divided by that, '
+                     'rounded to the nearest; "error" the root of the summed squares of what is lost, divided by that of the weight.',
                 facts={"rows": rows, "columns": columns},
             )
 
+    def relevant(self, given, case):
+        if not isinstance(given, dict):
+            return given
+        # One number is a scale for each row, so that the sentence about it is read however it was returned.
+        scale = torch.as_tensor(given["scale"])
+        return {**given, "scale": scale.flatten().expand(case.facts["rows"])} if scale.numel() == 1 else given
+
     def expected(self, case):
-        """torch's own quantised tensor, given numpy's scales."""
+        """numpy, in double precision."""
         weight = case.arguments["weight"].double().numpy()
         scale = np.abs(weight).max(1) / 127
         scale[scale == 0] = 1
-        stored = torch.quantize_per_channel(torch.from_numpy(weight).float(), torch.from_numpy(scale), torch.zeros(len(scale)), 0, torch.qint8)
-        q = stored.int_repr().numpy().astype(np.float64)
+        q = np.rint(weight / scale[:, None])
         return {"q": q, "scale": scale, "error": float(np.linalg.norm(weight - scale[:, None] * q) / np.linalg.norm(weight))}
 
     misconceptions = {
@@ -103,7 +113,9 @@ class Int8(Exercise):
         "You cut the fraction off; rounding to the nearest halves the error.": _cut_off,
         "You divided the range from least to largest by 255: that is for scales with a zero point; a symmetric one has none.": _range_by_255,
         "A row of zeros has the scale 0, and 0 divided by 0 is NaN: put 1 in its place.": _zero_divided_by_zero,
+        "Your scale is the other way round: it is what q is multiplied by, the size of one step.": _multiplied,
         "That is the error squared; the norms are wanted, not their squares.": _squared_error,
+        'Your "error" grows with the weights; divide by the norm of the weight, so that it is a share.': _not_a_share,
     }
 
 
@@ -114,24 +126,23 @@ def _requests(walk, rng):
     return torch.from_numpy(points + rng.integers(-100, 101, 2)).float()
 
 
-def _served(sketches, capacity, threshold, *, used=True, stored=False, nearest=True, near=lambda d, t: d <= t, room=0, last=False, power=1):
-    """The right answer with one of its judgements exchanged."""
+def _served(sketches, capacity, threshold, *, used=True, nearest=True, near=lambda d, t: d <= t, room=0, last=False, distance=torch.dist,
+            among=slice(None)):
+    """The right answer with one of its judgements exchanged.   among: which of the kept ones, the latest used last, are compared."""
     kept, answers = [], []
     for i, sketch in enumerate(sketches):
-        away = [float((sketch - sketches[j]).norm()) ** power for j in kept]
-        close = [place for place in range(len(kept)) if near(away[place], threshold)]
+        away = {j: float(distance(sketch, sketches[j])) for j in kept[among]}
+        close = [j for j in away if near(away[j], threshold)]
         if close:
-            place = min(close, key=lambda p: away[p]) if nearest else close[0]
-            found = kept.pop(place) if used else kept[place]
+            answers += [min(close, key=away.get) if nearest else close[0]]
             if used:
-                kept.append(found)
+                kept.remove(answers[-1])
+                kept.append(answers[-1])
         else:
-            found = i
-        if not close or stored:
-            if capacity + room and len(kept) >= capacity + room:
+            if kept and len(kept) >= capacity + room:
                 kept.pop(-1 if last else 0)
+            answers += [i]
             kept.append(i)
-        answers.append(found)
     return answers
 
 
@@ -161,6 +172,10 @@ def _one_more_kept(*given):
     return _served(*given, room=1)
 
 
+def _room_before_looking(*given):
+    return _served(*given, room=-1)
+
+
 def _never_full(*given):
     return _served(*given, room=10_000)
 
@@ -170,13 +185,24 @@ def _latest_makes_room(*given):
 
 
 def _squared_distance(*given):
-    return _served(*given, power=2)
+    return _served(*given, distance=lambda a, b: torch.dist(a, b) ** 2)
 
 
-# No request in them has two kept ones at the same distance, and several are exactly 5 from another.
-_SHORT = [(1, 5), (2, 0), (2, 1), (7, 5), (5, 1), (2, 4), (9, 0), (5, 5)]
-_LONGER = [(0, 3), (5, 5), (8, 1), (10, 0), (8, 2), (11, 5), (9, 3), (4, 3), (0, 3), (7, 0)]
-_LONGEST = [(6, 4), (8, 1), (10, 0), (3, 2), (3, 0), (0, 6), (0, 0), (9, 1), (5, 3), (0, 4), (10, 0), (11, 6), (8, 4), (0, 3), (8, 0), (7, 6)]
+def _added_differences(*given):
+    return _served(*given, distance=lambda a, b: torch.dist(a, b, p=1))
+
+
+def _latest_only(*given):
+    return _served(*given, among=slice(-1, None))
+
+
+def _requests_from_one(*given):
+    return [answer + 1 for answer in _served(*given)]
+
+
+# No request in them has two near ones at the same distance, and several are exactly 5 from another.
+_SHORT = [(5, 1), (6, 6), (7, 1), (1, 5), (7, 6), (3, 6), (7, 0), (1, 0)]
+_LONGER = [(0, 5), (9, 1), (5, 6), (1, 5), (1, 10), (7, 2), (3, 5), (11, 2), (16, 2), (0, 2)]
 
 
 @exercise("lab-cache", points=4, minutes=12)
@@ -191,29 +217,28 @@ class Cache(Exercise):
         walks = [(_SHORT, 2, 5.0), (_LONGER, 3, 5.0)]
         ### BEGIN HIDDEN TESTS
         if hidden:
-            walks += [([(0, 0), (1, 0), (9, 0), (0, 0), (9, 0)], 1, 2.0), (_LONGEST, 4, 5.0), ([(5, 5), (5, 5), (6, 5), (5, 5)], 2, 0.0),
-                      ([(0, 0)], 3, 1.0)]
+            walks += [
+                ([(0, 0), (1, 0), (9, 0), (0, 0), (9, 0)], 1, 2.0), ([(5, 5), (5, 5), (6, 5), (5, 5)], 2, 0.0), ([(0, 0)], 3, 1.0),
+                ([(6, 4), (8, 1), (10, 0), (3, 2), (3, 0), (0, 6),
+                  (0, 0), (9, 1), (5, 3), (0, 4), (10, 0), (11, 6), (8, 4), (0, 3), (8, 0), (7, 6)], 4, 5.0),
+                # From 26 points on torch.cdist multiplies matrices, and whoever uses it would lose digits.
+                (rng.uniform(0, 12, (24, 2)), 5, 2.5),
+            ]  # fmt: skip
         ### END HIDDEN TESTS
         for walk, capacity, threshold in walks:
             yield Case(
                 {"sketches": _requests(walk, rng), "capacity": capacity, "threshold": threshold},
                 says="{requests} requests, room for {capacity} and a threshold of {threshold:g}",
-                must="Each request is answered by the nearest kept one that is no further away than the threshold, which is then the latest used; "
-                     "or by itself, and then it is kept, and where there is no room the one that was used longest ago goes.",
+                must="Each request is answered by the nearest kept one (its number, counted from 0) that is no further away than the threshold, "
+                     "which is then the latest used; or by itself, and then it is kept, and where there is no room the one used longest ago goes.",
                 facts={"requests": len(walk), "capacity": capacity, "threshold": threshold},
             )
 
-    def relevant(self, given, case):
-        return [float(number) for number in given]
-
     def expected(self, case):
         """The course's own cache, which keeps a Python OrderedDict, with numpy's distances."""
-        from labkit.serving.caching import FeatureCache
+        from labkit.serving.caching import answered_from
 
-        points = case.arguments["sketches"].double().numpy()
-        cache = FeatureCache(case.arguments["capacity"], case.arguments["threshold"], lambda one, others: np.hypot(*(np.array(others) - one).T))
-        # A key of its own for each request, so that nothing but similarity is a hit.
-        return [float(cache.get(i, lambda i=i: points[i], lambda i=i: i)) for i in range(len(points))]
+        return answered_from(*case.arguments.values())
 
     misconceptions = {
         "A hit must count as use: what is asked for all the time may not be the first to go.": _first_in_first_out,
@@ -222,20 +247,23 @@ class Cache(Exercise):
         "Of several that are close enough you take the first; the nearest is the least stale.": _first_that_is_close,
         "What is exactly {threshold:g} away is still close enough.": _threshold_excluded,
         "Your cache keeps {capacity} and one more: make room before you add, not after.": _one_more_kept,
+        "You make room before you look: what is asked for may be what goes, and a hit needs no room.": _room_before_looking,
         "Nothing ever leaves your cache; it has room for {capacity}, and a robot runs for hours.": _never_full,
         "You throw out the one that was used last; the one used longest ago goes.": _latest_makes_room,
         "You compare a squared distance with the threshold.": _squared_distance,
+        "You add up the differences of the two numbers; the distance is the length of the straight line.": _added_differences,
+        "You compare with the latest one only; any of the {capacity} that are kept may answer.": _latest_only,
+        "You count requests from 1; they are counted from 0.": _requests_from_one,
     }
 
 
-def _watched(seconds, window, deadline, *, start=None, end=1, rank=0.95, late=lambda s, d: s > d, share=True, whole=False):
-    """The right answer with one of its judgements exchanged."""
+def _watched(seconds, window, deadline, *, start=None, end=1, rank=lambda recent: recent.quantile(0.95), late=torch.gt, share=torch.mean):
+    """The right answer with one of its judgements exchanged.   start: of a decision, the first one that is looked at.   end: the last, and one."""
     found = {"p95": [], "missed": []}
     for i in range(len(seconds)):
         recent = seconds[max(0, i + 1 - window if start is None else start(i)) : max(1, i + end)]
-        found["p95"].append(rank(recent) if callable(rank) else torch.quantile(recent, rank))
-        misses = late(seconds[: i + 1] if whole else recent, deadline).float()
-        found["missed"].append(misses.mean() if share else misses.sum())
+        found["p95"].append(rank(recent))
+        found["missed"].append(share(late(recent, deadline).float()))
     return {name: torch.stack(values) for name, values in found.items()}
 
 
@@ -260,15 +288,27 @@ def _largest(*given):
 
 
 def _lower_end(*given):
-    return _watched(*given, rank=0.05)
+    return _watched(*given, rank=lambda recent: recent.quantile(0.05))
 
 
 def _in_time_missed(*given):
-    return _watched(*given, late=lambda s, d: s >= d)
+    return _watched(*given, late=torch.ge)
+
+
+def _met(*given):
+    return _watched(*given, late=torch.le)
 
 
 def _counted(*given):
-    return _watched(*given, share=False)
+    return _watched(*given, share=torch.sum)
+
+
+def _always_a_whole_window(seconds, window, deadline):
+    return _watched(seconds, window, deadline, share=lambda late: late.sum() / window)
+
+
+def _missed_since_the_start(*given):
+    return {**_watched(*given), "missed": _all_so_far(*given)["missed"]}
 
 
 @exercise("lab-deadline", points=3, minutes=8)
@@ -292,8 +332,8 @@ class Deadline(Exercise):
             yield Case(
                 {"seconds": torch.from_numpy(seconds).float(), "window": window, "deadline": deadline},
                 says="{count} decisions, a window of {window} and a deadline of {deadline} s",
-                must='After each decision, "p95" is the 95th percentile of the last {window}, that one included (of all, where there are fewer), '
-                     'interpolated as torch.quantile does, and "missed" the share of these that took longer than the deadline.',
+                must='After each decision, "p95" is the 95th percentile of the last {window}, that one included (of all so far, where there '
+                     'are fewer), interpolated as torch.quantile does; "missed" is the share of these decisions that took longer than the deadline.',
                 facts={"count": count, "window": window, "deadline": deadline},
             )
 
@@ -301,8 +341,8 @@ class Deadline(Exercise):
         """By hand: the sorted window, and what lies 95 % of the way along it."""
         seconds, window, deadline = case.arguments.values()
         p95, missed = [], []
-        for end in range(1, len(seconds) + 1):
-            recent = sorted(seconds.tolist()[max(0, end - window) : end])
+        for count in range(1, len(seconds) + 1):
+            recent = sorted(seconds.tolist()[max(0, count - window) : count])
             place = 0.95 * (len(recent) - 1)
             below = int(place)
             above = min(below + 1, len(recent) - 1)
@@ -316,22 +356,28 @@ class Deadline(Exercise):
         "Your window holds one decision more than {window}.": _window_too_long,
         "Mean plus 1.645 deviations is the 95th percentile of a normal distribution; response times have a long tail. Take the percentile itself.":
             _mean_and_spread,
-        "That is the longest time; one outlier in the window sets it. The 95th percentile is interpolated.": _largest,
+        "Of {window} decisions that is the longest, as every rule says that picks one of them, and one outlier sets it; torch.quantile interpolates.":
+            _largest,
         "That is the 5th percentile: the quick ones.": _lower_end,
         "A decision that takes exactly {deadline} s has met the deadline.": _in_time_missed,
+        '"missed" is the share that took longer than the deadline, not the share that met it.': _met,
         '"missed" is a share of the window, not a count.': _counted,
+        'You divide "missed" by {window} from the beginning; as long as there are fewer decisions, divide by as many as there are.':
+            _always_a_whole_window,
+        '"p95" is right, but "missed" is of all decisions since the start; it is of the last {window}, too.': _missed_since_the_start,
     }
 
 
-def _evidence(values, delta, threshold, *, means=None, minimum=lambda total: total.cummin(0).values, sign=1, over=lambda e, t: e > t, first=0,
-              base=0):
-    """The right answer with one of its judgements exchanged."""
-    count = torch.arange(1, len(values) + 1)
-    mean = values.cumsum(0) / count if means is None else means(values)
-    total = (sign * (values - mean) - delta).cumsum(0)
-    evidence = total - minimum(total)
-    places = over(evidence, threshold).nonzero().flatten()
-    return {"evidence": evidence, "alarm": int(places[first]) + base if len(places) else -1}
+def _means(values):
+    return torch.stack([values[:count].mean() for count in range(1, len(values) + 1)])
+
+
+def _evidence(values, delta, threshold, *, means=_means, minimum=lambda total: total.cummin(0).values, rise=torch.sub, above=torch.gt, base=0):
+    """The right answer with one of its judgements exchanged.   rise: of values and their means, what is added up."""
+    total = (rise(values, means(values)) - delta).cumsum(0)
+    found = total - minimum(total)
+    places = [place for place, alarming in enumerate(above(found, threshold)) if alarming]
+    return {"evidence": found, "alarm": places[0] + base if places else -1}
 
 
 def _whole_mean(*given):
@@ -358,8 +404,28 @@ def _no_minimum(*given):
     return _evidence(*given, minimum=lambda total: torch.zeros_like(total))
 
 
+def _least_before(*given):
+    return _evidence(*given, minimum=lambda total: torch.cat([total[:1], total.cummin(0).values[:-1]]))
+
+
+def _mean_before(*given):
+    return _evidence(*given, means=lambda values: torch.cat([values[:1], _means(values)[:-1]]))
+
+
 def _faster(*given):
-    return _evidence(*given, sign=-1)
+    return _evidence(*given, rise=lambda values, mean: mean - values)
+
+
+def _both_ways(*given):
+    return _evidence(*given, rise=lambda values, mean: (values - mean).abs())
+
+
+def _at_the_threshold(*given):
+    return _evidence(*given, above=torch.ge)
+
+
+def _no_alarm_is_zero(*given):
+    return {**_evidence(*given), "alarm": max(0, _evidence(*given)["alarm"])}
 
 
 def _counted_from_one(*given):
@@ -375,23 +441,21 @@ class Drift(Exercise):
     close = Tolerance(rtol=1e-3, atol=1e-3)
 
     def cases(self, rng, hidden):
-        # (steady, then slower) decisions, and whether whole numbers make the evidence meet the threshold exactly.
-        streams = [(6, 4, 12.0, False), (10, 5, 10.0, False)]
+        # (steady, then slower) decisions, how much slower, and whether whole numbers make the evidence meet the threshold exactly.
+        streams = [(6, 4, 12.0, False), (7, 1, 8.0, True), (10, 5, 10.0, False)]
         ### BEGIN HIDDEN TESTS
         if hidden:
-            streams += [(7, 1, 6.0, True), (20, 0, 15.0, False), (12, 6, -10.0, False), (40, 20, 8.0, False)]
+            streams += [(20, 0, 0.0, False), (12, 6, -10.0, False), (40, 20, 8.0, False), (1, 0, 0.0, False)]
         ### END HIDDEN TESTS
         for steady, after, slower, whole in streams:
-            if whole:
-                delta, threshold, values = 1.0, 6.0, rng.integers(10, 90) + np.array([0] * steady + [8.0])
-            else:
-                delta, threshold, usual = 1.5, 15.0, rng.uniform(20, 30)
-                values = usual + rng.uniform(-3, 3, steady + after) + slower * (np.arange(steady + after) >= steady)
+            delta, threshold = (1.0, 6.0) if whole else (1.5, 15.0)
+            usual = rng.integers(20, 30) if whole else rng.uniform(20, 30) + rng.uniform(-3, 3, steady + after)
+            values = usual + slower * (np.arange(steady + after) >= steady)
             yield Case(
                 {"values": torch.from_numpy(values).float(), "delta": delta, "threshold": threshold},
                 says="{count} response times, delta {delta} ms and threshold {threshold} ms",
-                must='"evidence" is, at each time, the sum so far of value - mean so far - delta, less the least that this sum has been up to then; '
-                     '"alarm" the first place, counted from 0, where it is greater than the threshold, or -1.',
+                must='To a sum each value adds what it is above the mean of the values up to it, less delta; "evidence" is this sum less the least '
+                     'that it has been so far; "alarm" the first place, counted from 0, where the evidence is greater than the threshold, or -1.',
                 facts={"count": len(values), "delta": delta, "threshold": threshold},
             )
 
@@ -414,6 +478,11 @@ class Drift(Exercise):
         "Your minimum knows the future: take the least that the sum has been up to each time.": _least_of_all,
         "The least sum so far is not taken off: after a long steady time the sum is far below zero, and a drift would need as long again to be seen.":
             _no_minimum,
+        "The present sum belongs to the least so far, too: evidence is never below zero.": _least_before,
+        "Your mean is that of the values before; the mean so far counts the present value, too.": _mean_before,
         "You look for decisions that become quicker; slower ones are asked for.": _faster,
+        "You add up how far values lie from the mean to either side; only those above it speak for slower decisions.": _both_ways,
+        "Evidence of exactly {threshold} is not above the threshold.": _at_the_threshold,
+        "Where nothing is above the threshold you say 0, which is the first place; say -1.": _no_alarm_is_zero,
         "You count places from 1; they are counted from 0.": _counted_from_one,
     }

@@ -38,10 +38,8 @@ class PolicyClient:
         """
         self.url, self.name = url.rstrip("/"), f"policy at {url}"
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-        # An answer depends on its request alone, so asking again is safe; it helps where a connection that stood idle has been closed.
-        retries = urllib3.Retry(total=1, connect=0, read=1, redirect=0, status=0, other=0, allowed_methods=None)
         try:
-            self._pool = urllib3.connection_from_url(self.url, maxsize=32, headers=headers, timeout=timeout, retries=retries)
+            self._pool = urllib3.connection_from_url(self.url, maxsize=32, headers=headers, timeout=timeout, retries=False)
         except urllib3.exceptions.HTTPError as error:
             raise UserError(f"{url!r} is no address of a policy server; it looks like http://127.0.0.1:8000") from error
 
@@ -58,6 +56,8 @@ class PolicyClient:
         if any(image is not None for image in previous):
             fields["previous_image"] = np.stack([np.zeros_like(o["rgb"]) if image is None else image for o, image in zip(observations, previous)])
         answer = self._post("/act", json_numpy.dumps({**fields, "detail": True}))
+        if not isinstance(answer, dict) or not {"action", "bins", "probabilities", "seconds"} <= set(answer):
+            raise UserError(f"{self.url} answers, but says no action with its bins and probabilities: is it `python -m labkit serve`?")
         waypoints = answer["action"]
         return ServedDecision(answer["bins"], small_action(waypoints), waypoints, answer["probabilities"], time.perf_counter() - begun,
                               answer["seconds"])
@@ -79,10 +79,13 @@ class PolicyClient:
 
     def _ask(self, method, path, body):
         try:
-            return self._pool.request(method, path, body=body)
+            try:
+                return self._pool.request(method, path, body=body)
+            except urllib3.exceptions.ProtocolError:
+                # The server has closed a connection that stood idle. An answer depends on its request alone, so asking once more is safe.
+                return self._pool.request(method, path, body=body)
         except urllib3.exceptions.HTTPError as error:
-            reason = getattr(error, "reason", None) or error
-            raise UserError(f"no policy server answers at {self.url} ({type(reason).__name__}): start one with `python -m labkit serve`") from error
+            raise UserError(f"no policy server answers at {self.url} ({type(error).__name__}): start one with `python -m labkit serve`") from error
 
     def _read(self, response):
         try:

@@ -71,7 +71,7 @@ def read_request(fields: dict) -> list[dict]:
     """
     unknown = sorted(set(fields) - set(FIELDS))
     if unknown:
-        raise RequestError(f"{unknown[0]!r} is no field of a request; there are {', '.join(FIELDS)}")
+        raise RequestError(f"{_short(unknown[0])} is no field of a request; there are {', '.join(FIELDS)}")
     for name in ("image", "instruction"):
         if name not in fields:
             raise RequestError(f"the field {name!r} is missing")
@@ -112,6 +112,10 @@ def _sentence(value):
         raise RequestError(f"instruction is {_short(value)}; it must be a sentence")
     if len(value) > LONGEST_INSTRUCTION:
         raise RequestError(f"instruction has {len(value)} characters; {LONGEST_INSTRUCTION} are the most")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"instruction holds half a character ({_short(value[error.start])}); it must be text that UTF-8 can write") from None
     return value
 
 
@@ -133,12 +137,9 @@ def _short(value):
 @dataclass(eq=False)
 class _Request:
     observations: list[dict]
+    shape: tuple[int, ...]
     since: float = field(default_factory=time.perf_counter)
     future: Future = field(default_factory=Future)
-
-    @property
-    def shape(self):
-        return np.shape(self.observations[0]["rgb"])
 
 
 class Metrics:
@@ -171,8 +172,8 @@ class PolicyCore:
         request of more is answered alone.   wait: seconds.   most_waiting: requests; one more raises Busy.
         Raises ValueError where a number makes no sense.
         """
-        if max_batch < 1 or wait < 0 or most_waiting < 1:
-            raise ValueError(f"max_batch and most_waiting are at least 1, wait is not negative; got {max_batch}, {most_waiting}, {wait}")
+        if max_batch < 1 or not 0 <= wait <= threading.TIMEOUT_MAX or most_waiting < 1:
+            raise ValueError(f"max_batch and most_waiting are at least 1, wait is seconds, from 0; got {max_batch}, {most_waiting}, {wait}")
         self.policy, self.name = policy, str(getattr(policy, "name", "policy"))
         self.max_batch, self.wait, self.most_waiting = max_batch, wait, most_waiting
         self.monitor = Monitor() if monitor is None else monitor
@@ -200,21 +201,29 @@ class PolicyCore:
         return self._thread.is_alive() and not self._closing
 
     def close(self, patience: float = 10.0) -> None:
-        """Answer what waits, then stop; a second call does nothing.   patience: seconds, after which a policy that hangs is left behind."""
+        """Answer what waits, then stop; a second call does nothing.
+
+        patience: seconds, after which a policy that hangs is left behind; what waits for it then raises Busy.
+        """
         with self._arrived:
             self._closing = True
             self._arrived.notify_all()
         self._thread.join(patience)
+        with self._arrived:
+            left, self._waiting = self._waiting, deque()
+        for request in left:
+            if request.future.set_running_or_notify_cancel():
+                request.future.set_exception(Busy("the server is stopping"))
 
     def submit(self, observations) -> Future:
         """One request of B observations  ->  a future of its Decision, whose `seconds` are the policy's own for the batch it was in.
 
         The future raises RequestError where the policy refuses these observations with a ValueError, PolicyFailed where it fails otherwise.
-        Raises Busy where too many wait, or the core is closed, and ValueError for no observation.
+        Raises Busy where too many wait, or the core is closed, and ValueError for no observation, or one without a picture.
         """
-        if not observations:
-            raise ValueError("a request holds at least one observation")
-        request = _Request(list(observations))
+        if not observations or any("rgb" not in o for o in observations):
+            raise ValueError("a request holds at least one observation, each with its picture `rgb`")
+        request = _Request(list(observations), np.shape(observations[0]["rgb"]))
         with self._arrived:
             if self._closing:
                 raise Busy("the server is stopping")
@@ -267,21 +276,28 @@ class PolicyCore:
         try:
             decision = self._ask([o for request in batch for o in request.observations])
             parts = _shared_out(decision, batch)
-        except Exception as error:
+            self._count(decision, parts, batch)
+        except BaseException as error:  # a panic in Rust, as in a tokenizer, is no Exception; whoever asks next is answered all the same
             self._give_up(batch, error)
             return
+        for request, part in zip(batch, parts):
+            request.future.set_result(part)
+
+    def _count(self, decision, parts, batch):
+        for request, part in zip(batch, parts):
+            seconds = time.perf_counter() - request.since
+            for waypoint, probabilities in zip(part.waypoints, part.probabilities):
+                self.monitor.record(seconds, waypoint, probabilities)
+            self.metrics.response.observe(seconds)
         self.metrics.forward.observe(decision.seconds)
         self.metrics.batch.observe(len(decision.waypoints))
         self.metrics.decisions.inc(len(decision.waypoints))
-        for request, part in zip(batch, parts):
-            seconds = time.perf_counter() - request.since
-            self.metrics.response.observe(seconds)
-            for waypoint, probabilities in zip(part.waypoints, part.probabilities):
-                self.monitor.record(seconds, waypoint, probabilities)
-            request.future.set_result(part)
 
     def _ask(self, observations):
-        decision = self.policy.decide(observations)
+        try:
+            decision = self.policy.decide(observations)
+        except ValueError as error:
+            raise RequestError(f"the policy refuses this request: {_in_one_line(error)}") from error
         shape = np.shape(decision.waypoints)
         if shape != (len(observations), 7):
             raise PolicyFailed(f"the policy said waypoints of the shape {shape} for {len(observations)} observation(s), not 7 numbers each")
@@ -296,14 +312,14 @@ class PolicyCore:
                 self._answer([request])
             return
         self.metrics.failures.inc()
-        if not isinstance(error, PolicyFailed | ValueError):
+        if not isinstance(error, PolicyFailed | RequestError):
             _log.error("the policy failed", exc_info=error)
-        why = " ".join(str(error).split())[:200]
-        if isinstance(error, ValueError):
-            error = RequestError(f"the policy refuses this request: {why}")
-        elif not isinstance(error, PolicyFailed):
-            error = PolicyFailed(f"the policy failed: {type(error).__name__}: {why}")
+            error = PolicyFailed(f"the policy failed: {type(error).__name__}: {_in_one_line(error)}")
         batch[0].future.set_exception(error)
+
+
+def _in_one_line(error):
+    return " ".join(str(error).split())[:200]
 
 
 def _rows(batch):

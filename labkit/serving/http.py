@@ -16,6 +16,7 @@ import binascii
 import hmac
 import io
 import json
+import math
 import signal
 import threading
 from contextlib import contextmanager, suppress
@@ -43,7 +44,8 @@ _FULL = (b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Type
 class Limits:
     """What one client may take from the others.
 
-    body: bytes of a request.   seconds: for its headers to arrive, and again for its body.   answer: seconds that the policy may take.
+    body: bytes of a request.   seconds: for its headers to arrive, again for its body, and again for the answer to be read.
+    answer: seconds that the policy may take.
     connections: open at a time.   farewell: seconds that requests have to end when the server stops.
     """
 
@@ -54,8 +56,8 @@ class Limits:
     farewell: float = 5.0
 
     def __post_init__(self):
-        if not all(value > 0 for value in vars(self).values()):
-            raise ValueError(f"every limit is positive, not {self}")
+        if not all(0 < value < math.inf for value in vars(self).values()):
+            raise ValueError(f"every limit is a positive number, not {self}")
 
 
 class Malformed(RequestError):
@@ -117,11 +119,12 @@ def _object(text, what):
 
 def _nested(rows, name):
     try:
-        numbers = np.array(rows)
+        # As objects: among texts of different length numpy would give each the room of the longest, gigabytes for a small body.
+        numbers = np.array(rows, dtype=object)
     except ValueError:
         raise RequestError(f"the lists of {name} are not all of one length") from None
-    if numbers.dtype.kind not in "iu" or numbers.size == 0 or numbers.min() < 0 or numbers.max() > 255:
-        raise RequestError(f"{name} must hold whole numbers from 0 to 255")
+    if set(map(type, numbers.flat)) != {int} or numbers.min() < 0 or numbers.max() > 255:
+        raise RequestError(f"{name} must hold whole numbers from 0 to 255, in lists of one length")
     return numbers.astype(np.uint8)
 
 
@@ -161,15 +164,30 @@ def _lists(value):
     return np.where(np.isfinite(value), value, None).tolist()
 
 
+@stream_request_body
 class _Handler(RequestHandler):
-    """Whatever goes wrong is answered with {"error": one sentence}."""
+    """Whatever goes wrong is answered with {"error": one sentence}. Only `/act` keeps a body; elsewhere it goes by, so that the answer is read."""
 
     def initialize(self, server):
         self.server = server
 
+    def prepare(self):
+        self.request.connection.set_max_body_size(_DRAINED * self.server.limits.body)
+
+    def data_received(self, chunk):
+        pass
+
     def set_default_headers(self):
         self.set_header("Content-Type", "application/json")
         self.clear_header("Server")
+
+    def finish(self, chunk=None):
+        sent = super().finish(chunk)
+        if not sent.done():
+            # Who does not read would keep a connection for ever.
+            patience = IOLoop.current().call_later(self.server.limits.seconds, self.request.connection.stream.close)
+            sent.add_done_callback(lambda _: IOLoop.current().remove_timeout(patience))
+        return sent
 
     def refuse(self, status, why):
         self.set_status(status)
@@ -188,8 +206,10 @@ class _Handler(RequestHandler):
 
 
 class _Nothing(_Handler):
-    def prepare(self):
+    def get(self):
         self.send_error(404)
+
+    delete = head = options = patch = post = put = get
 
 
 class _Health(_Handler):
@@ -208,12 +228,15 @@ class _Metrics(_Handler):
         self.finish(generate_latest(self.server.core.metrics.registry) + generate_latest(self.server.registry))
 
 
-@stream_request_body
 class _Act(_Handler):
     """Takes the body piece by piece, so that one that is too large or too slow is refused before it is there."""
 
+    def initialize(self, server):
+        super().initialize(server)
+        self._body, self._refusal, self._answer, self._patience = bytearray(), None, None, None
+
     def prepare(self):
-        self._body, self._refusal, self._answer = bytearray(), None, None
+        super().prepare()
         self._patience = IOLoop.current().call_later(self.server.limits.seconds, self._too_slow)
         self.server.active.add(self)
         announced = self.request.headers.get("Content-Length", "")
@@ -228,7 +251,6 @@ class _Act(_Handler):
             # A page in somebody's browser can send other types to this machine without asking.
             self._refusal = 415, f"the body must have the Content-Type application/json, not {kind[:50] or 'none'}"
         self._weigh(announced)
-        self.request.connection.set_max_body_size(_DRAINED * self.server.limits.body)
         if announced > _DRAINED * self.server.limits.body:
             self.refuse(*self._refusal)
 
@@ -244,7 +266,7 @@ class _Act(_Handler):
     def _too_slow(self):
         self._patience = None
         if not self._finished:
-            self.refuse(408, f"the body did not arrive within {self.server.limits.seconds:g} s")
+            self.refuse(*self._refusal or (408, f"the body did not arrive within {self.server.limits.seconds:g} s"))
 
     async def post(self):
         self._be_patient()
@@ -313,6 +335,8 @@ class PolicyServer:
         """
         if token is not None and not (token.isascii() and token.isprintable() and token and " " not in token):
             raise ValueError("a token is at least one ASCII character, without spaces")
+        if not host:
+            raise UserError("the host is empty, which would be everybody: say 127.0.0.1 for this machine alone, or 0.0.0.0")
         try:
             self._sockets = bind_sockets(port, host)
         except (OSError, OverflowError) as error:

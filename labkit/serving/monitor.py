@@ -18,6 +18,27 @@ _LEAST_DEVIATION = 1e-3
 _LEAST_PROBABILITY = 1e-9
 
 
+def sliding(seconds, window: int, deadline: float) -> dict:
+    """{"p95": (N,) 95th percentile of the last `window` of N numbers, after each of them, "missed": (N,) the share of those beyond the deadline}."""
+    seconds = np.asarray(seconds, np.float64)
+    latest = [seconds[max(0, n - window) : n] for n in range(1, len(seconds) + 1)]
+    return {"p95": np.array([np.percentile(part, 95) for part in latest]), "missed": np.array([(part > deadline).mean() for part in latest])}
+
+
+def page_hinkley(values, delta: float, threshold: float) -> dict:
+    """The test for one stream whose mean may rise, as Page wrote it, in the values' own unit and without the additions of `PageHinkley`.
+
+    values: (N,).   Returns {"evidence": (N,) how far the sum of value - mean so far - delta is above the least it has been, "alarm": the first
+    place, from 0, where that is above the threshold, or -1}.
+    """
+    values = np.asarray(values, np.float64)
+    evidence = []
+    for excess in values - np.cumsum(values) / np.arange(1, len(values) + 1) - delta:
+        evidence.append(max(0.0, evidence[-1] + excess) if evidence else 0.0)
+    above = np.flatnonzero(np.array(evidence) > threshold)
+    return {"evidence": np.array(evidence), "alarm": int(above[0]) if len(above) else -1}
+
+
 class PageHinkley:
     """The Page-Hinkley test for a change of the mean, up or down, of several streams side by side.
 
@@ -89,7 +110,7 @@ class Snapshot:
             return "no decision yet"
         drift = f"{len(self.alarms)} drift alarm{'s' * (len(self.alarms) != 1)}, the last: {self.alarms[-1]}" if self.alarms else "no drift"
         return (f"{self.decisions} decision{'s' * (self.decisions != 1)}: median {1000 * self.p50:.1f} ms, 95th percentile {1000 * self.p95:.1f} ms; "
-                f"{self.misses} missed the deadline of {1000 * self.deadline:g} ms; {drift}")
+                f"{self.misses} missed the deadline of {round(1000 * self.deadline, 1):g} ms; {drift}")
 
 
 class Monitor:
@@ -105,7 +126,7 @@ class Monitor:
 
         most_alarms: how many are kept, the last ones.   Raises ValueError where the deadline or the window is not positive.
         """
-        if deadline <= 0 or window < 1:
+        if not deadline > 0 or window < 1:
             raise ValueError(f"the deadline and the window are positive, not {deadline} s and {window} decisions")
         self.deadline = deadline
         self._warm_up, self._lock = warm_up, threading.Lock()

@@ -61,6 +61,17 @@ def dynamic_int8(policy, per_channel: bool = True):
         return _with(policy, quantize_dynamic(_plain(policy), {nn.Linear: config}), "dynamic int8")
 
 
+def int8_per_row(weight) -> dict:
+    """A matrix as `dynamic_int8` keeps it: {"q": (O, I) whole numbers from -127 to 127, "scale": (O,), "error": what is lost, as a share of the norm}.
+
+    weight: (O, I) float.   Source: `torch.fake_quantize_per_channel_affine`.
+    """
+    largest = weight.abs().amax(1)
+    scale = torch.where(largest > 0, largest / 127, 1.0)
+    kept = torch.fake_quantize_per_channel_affine(weight, scale, torch.zeros(len(weight), dtype=torch.int32), 0, -127, 127)
+    return {"q": (kept / scale[:, None]).round(), "scale": scale, "error": torch.dist(weight, kept) / weight.norm()}
+
+
 def printed_recipe(model: nn.Module) -> nn.Module:
     """The lab sheet's four lines of step 6 as they are printed, on any module; the module itself is not changed.
 

@@ -152,9 +152,11 @@ def run(arguments=None) -> None:
     """Run the node until it is stopped.   arguments: as on the command line; default, those of this process.
 
     Parameters: policy ("generic", "tiny" or a folder), deadline (seconds a decision may take), decisions (for one instruction).
-    Raises UserError, in one sentence, where there is no ROS or no such policy.
+    Raises UserError, in one sentence, where there is no ROS, no such policy, or a parameter has another type; ValueError for a deadline that is
+    not positive.
     """
     rclpy = require_rclpy()
+    from rclpy.exceptions import ParameterException
     from rclpy.executors import ExternalShutdownException
     from rclpy.qos import qos_profile_sensor_data
 
@@ -169,6 +171,8 @@ def run(arguments=None) -> None:
         with PolicyCore(policy_named(policy), max_batch=1, monitor=Monitor(deadline)) as core:
             PolicyNode(node, core, RosTypes(), decisions, qos_profile_sensor_data)
             rclpy.spin(node)
+    except ParameterException as error:
+        raise UserError(f"{error}: policy is text, deadline a number with its point (1.0, not 1), decisions a whole number") from error
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     finally:
@@ -179,5 +183,5 @@ def run(arguments=None) -> None:
 if __name__ == "__main__":
     try:
         run()
-    except UserError as stopped:
+    except (UserError, ValueError) as stopped:
         sys.exit(str(stopped))

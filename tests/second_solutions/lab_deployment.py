@@ -100,9 +100,14 @@ def drift_to_both_sides(values, delta, threshold):
     return {**found, "alarm": other if found["alarm"] < 0 else found["alarm"]}
 
 
+def two_values_at_least(values, delta, threshold):
+    """Wrong where there is one value only."""
+    return page_hinkley(values, delta, threshold) if len(values) > 1 else {"evidence": [math.nan], "alarm": -1}
+
+
 ALMOST_RIGHT = {
     "int8_weights": [wider_than_one, the_first_row_is_not_zero],
     "answered_by": [room_for_two_at_least, similar_means_different],
     "latest": [full_windows, two_at_least],
-    "page_hinkley": [alarm_at_the_threshold, always_an_alarm, drift_to_both_sides],
+    "page_hinkley": [alarm_at_the_threshold, always_an_alarm, drift_to_both_sides, two_values_at_least],
 }
