@@ -13,12 +13,10 @@ def stub():
     return Stub()
 
 
-
 @pytest.fixture
 def core(stub):
     with PolicyCore(stub) as core:
         yield core
-
 
 
 @pytest.fixture
@@ -27,13 +25,11 @@ def server(core):
         yield server
 
 
-
 @pytest.fixture
 def hasty(core):
     """A server that waits a second for a request to arrive."""
     with PolicyServer(core, port=0, limits=Limits(body=100_000, seconds=1)).in_background() as server:
         yield server
-
 
 
 @pytest.fixture(scope="module")

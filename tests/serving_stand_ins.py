@@ -1,4 +1,4 @@
-"""A policy that answers at once and can be held up, servers around it, and what speaks to them, for the tests of serving."""
+"""A policy that answers at once and can be held up, and what speaks to its server, for the tests of serving. As fixtures: serving_fixtures.py."""
 
 import socket
 import threading
@@ -12,11 +12,7 @@ import urllib3
 from labkit.policy import Decision
 
 JSON = {"Content-Type": "application/json"}
-
-
-
 PATIENCE = 20  # seconds that a test waits for what must come; none of them measures a time
-
 
 
 class Stub:
@@ -44,7 +40,6 @@ class Stub:
         return Decision(np.zeros((len(said), 4), int), actions, waypoints, np.full((len(said), 4), np.nan), 1e-6)
 
 
-
 @contextmanager
 def held_up(stub, ask_first):
     """The policy is busy with one request, the one that `ask_first()` sends, for as long as the `with` block lasts."""
@@ -57,28 +52,23 @@ def held_up(stub, ask_first):
         stub.gate.set()
 
 
-
 def expected(image, text, holding=0):
     """What `Stub` says of one observation."""
     return [image.mean() / 3, len(text) / 7, text.encode()[0] / 11, *image[0, 0] / 13, float(holding)]
-
 
 
 def picture(seed=0, size=8):
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
 
 
-
 def observation(seed=0, text="pick up the red block", size=8):
     return {"rgb": picture(seed, size), "instruction": text, "holding": seed % 2}
-
 
 
 def body(**changes):
     """A good request, changed: a value replaces a field, ... takes it out."""
     whole = {"image": picture(), "instruction": "pick up the red block", **changes}
     return json_numpy.dumps({name: value for name, value in whole.items() if value is not ...}).encode()
-
 
 
 def ask(server, data, path="/act", method="POST", headers=JSON):
@@ -88,11 +78,9 @@ def ask(server, data, path="/act", method="POST", headers=JSON):
     return response.status, json_numpy.loads(response.data)
 
 
-
 def works(server):
     status, action = ask(server, body())
     return status == 200 and np.array_equal(action, expected(picture(), "pick up the red block"))
-
 
 
 def wait_until(condition):
@@ -102,15 +90,12 @@ def wait_until(condition):
         time.sleep(0.005)
 
 
-
 def head(length, path="/act"):
     return f"POST {path} HTTP/1.1\r\nHost: robot\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n".encode()
 
 
-
 def connected(server):
     return socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
-
 
 
 def everything(connection):

@@ -17,6 +17,7 @@ from tests.serving_stand_ins import PATIENCE
 
 pytest_plugins = ["tests.serving_fixtures"]
 
+
 @pytest.mark.parametrize("name, number", [(GENERIC, signal.SIGTERM), ("folder", signal.SIGINT)])
 def test_the_command_serves_the_policy_that_one_parameter_names_until_a_signal(name, number, waypoint_folder, observations):
     name = str(waypoint_folder) if name == "folder" else name
@@ -38,7 +39,6 @@ def test_the_command_serves_the_policy_that_one_parameter_names_until_a_signal(n
     assert said.startswith("6 decisions: median ")
     with socket.create_server(("127.0.0.1", int(url.rpartition(":")[2]))):
         pass
-
 
 
 @pytest.mark.parametrize("option", ["--max-body", "--patience", "--deadline-ms"])

@@ -24,10 +24,10 @@ from tests.serving_stand_ins import PATIENCE, expected, held_up, observation, wa
 
 pytest_plugins = ["tests.serving_fixtures"]
 
+
 @pytest.fixture(params=["tiny", "task-specific"])
 def policy(request, waypoint_folder):
     return request.getfixturevalue("tiny_policy") if request.param == "tiny" else load_waypoint_policy(waypoint_folder)
-
 
 
 @pytest.mark.parametrize("count", [1, 2, 6])
@@ -44,7 +44,6 @@ def test_what_comes_by_http_is_what_the_policy_says_to_the_last_bit(policy, coun
         assert np.array_equal(PolicyClient(server.url).act(seen[0]), policy.act(seen[0]))
 
 
-
 def test_the_simulator_driven_through_the_server_ends_as_without_it(policy):
     with PolicyCore(policy) as core, PolicyServer(core, port=0).in_background() as server:
         served, direct = (rollout(p, "put", 4, progress=False) for p in (PolicyClient(server.url), policy))
@@ -53,10 +52,8 @@ def test_the_simulator_driven_through_the_server_ends_as_without_it(policy):
     assert served.decisions.max() > 1  # a second decision has a previous picture, which has to come along
 
 
-
 def test_a_served_decision_has_all_that_a_decision_has():
     assert {f.name for f in fields(Decision)} | {"policy_seconds"} == {f.name for f in fields(ServedDecision)}
-
 
 
 def test_200_requests_of_8_threads_are_each_answered_with_their_own_and_share_forwards(stub, server):
@@ -72,7 +69,6 @@ def test_200_requests_of_8_threads_are_each_answered_with_their_own_and_share_fo
             wait_until(lambda: server.core.waiting == 7)
         assert first.result() and all(answers)
     assert sum(stub.sizes) == 200 and stub.sizes[:2] == [1, 7] and max(stub.sizes) <= 8
-
 
 
 OPENVLA_CLIENT = """
@@ -91,12 +87,10 @@ print(json.dumps(action.tolist()))
 """
 
 
-
 def test_openvlas_client_as_its_docstring_shows_it_is_answered(server):
     ran = subprocess.run([sys.executable, "-c", OPENVLA_CLIENT, server.url], capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout) == expected(np.arange(192, dtype=np.uint8).reshape(8, 8, 3), "do something")
-
 
 
 @contextmanager
@@ -118,7 +112,6 @@ def somebody_else(*answers):
         assert not thread.is_alive()
 
 
-
 def test_a_client_says_in_one_sentence_that_nobody_answers_or_somebody_else_does():
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
@@ -128,7 +121,6 @@ def test_a_client_says_in_one_sentence_that_nobody_answers_or_somebody_else_does
         PolicyClient(url).health()
     with pytest.raises(UserError, match="no address"):
         PolicyClient("http://[")
-
 
 
 def test_a_client_waits_for_an_answer_once_not_twice():
@@ -141,12 +133,10 @@ def test_a_client_waits_for_an_answer_once_not_twice():
             silent.accept()
 
 
-
 @pytest.mark.parametrize("said", [b"[0.1, 0.2]", b'{"status": "ok"}'])
 def test_a_client_that_reaches_another_service_says_so(said):
     with somebody_else(said) as url, pytest.raises(UserError, match="no action"):
         PolicyClient(url).decide([observation()])
-
 
 
 def test_a_client_asks_once_more_where_its_connection_ends_before_the_answer():
@@ -154,7 +144,6 @@ def test_a_client_asks_once_more_where_its_connection_ends_before_the_answer():
         assert PolicyClient(url).health() == {"status": "ok"}
     with somebody_else(None, None) as url, pytest.raises(UserError, match="no policy server answers"):
         PolicyClient(url).health()
-
 
 
 def test_a_client_goes_on_where_a_server_was_started_again(core):
@@ -166,11 +155,9 @@ def test_a_client_goes_on_where_a_server_was_started_again(core):
         assert np.array_equal(client.decide([observation()]).waypoints, before)
 
 
-
 def test_a_client_tells_what_the_server_refuses(server):
     with pytest.raises(UserError, match="422: instruction is ' '"):
         PolicyClient(server.url).decide([observation(text="   ")])
-
 
 
 def test_a_robots_computer_needs_no_torch_to_ask():

@@ -17,6 +17,7 @@ from tests.serving_stand_ins import PATIENCE, expected, held_up, observation, pi
 
 pytest_plugins = ["tests.serving_fixtures"]
 
+
 def test_what_waits_shares_one_forward_up_to_the_limit_and_only_with_pictures_of_its_size(stub):
     with PolicyCore(stub, max_batch=4) as core:
         with held_up(stub, lambda: core.submit([observation()])) as first:
@@ -28,12 +29,10 @@ def test_what_waits_shares_one_forward_up_to_the_limit_and_only_with_pictures_of
     assert [len(a) for a in answers] == [1] * 8 + [6]
 
 
-
 def test_a_client_that_is_alone_waits_for_nobody(stub):
     with PolicyCore(stub, wait=1000 * PATIENCE) as core:
         for i in range(5):
             assert len(core.submit([observation(i), observation(i)]).result(PATIENCE).waypoints) == 2
-
 
 
 def test_a_forward_waits_for_as_many_as_lately_came_together(stub):
@@ -47,7 +46,6 @@ def test_a_forward_waits_for_as_many_as_lately_came_together(stub):
         assert stub.sizes == [1, 3, 3]
 
 
-
 def test_answers_of_a_shared_forward_are_close_and_without_sharing_they_are_exact(waypoint_folder, observations):
     policy = load_waypoint_policy(waypoint_folder)
     alone = [policy.decide([o]).waypoints[0] for o in observations]
@@ -56,7 +54,6 @@ def test_answers_of_a_shared_forward_are_close_and_without_sharing_they_are_exac
             served = list(pool.map(lambda o: core.decide([o]).waypoints[0], observations * 4))
         assert np.allclose(served, alone * 4, rtol=0, atol=1e-5)
         assert most > 1 or np.array_equal(served, alone * 4)
-
 
 
 def test_a_request_that_the_policy_cannot_answer_does_not_spoil_those_beside_it(stub, core):
@@ -69,7 +66,6 @@ def test_a_request_that_the_policy_cannot_answer_does_not_spoil_those_beside_it(
     assert beside[2].result(PATIENCE).waypoints[0].tolist() == expected(picture(2), "pick", 0)
 
 
-
 def test_a_policy_that_says_anything_but_seven_numbers_is_found_out(core, monkeypatch):
     for said in (None, Decision(None, None, np.zeros((1, 6)), None, 0.1), Decision(None, None, np.zeros((2, 7)), None, 0.1)):
         monkeypatch.setattr(core.policy, "decide", lambda observations, said=said: said)
@@ -78,15 +74,12 @@ def test_a_policy_that_says_anything_but_seven_numbers_is_found_out(core, monkey
     assert core.alive
 
 
-
 class Panic(BaseException):
     """What a library in Rust raises where it gives up: no Exception."""
 
 
-
 def panicking(observations):
     raise Panic("in another language")
-
 
 
 @pytest.mark.parametrize("decide, words", [
@@ -101,7 +94,6 @@ def test_whatever_a_policy_does_somebody_is_told_and_the_next_is_answered(core, 
     assert len(core.submit([observation()]).result(PATIENCE).waypoints) == 1
 
 
-
 def test_a_monitor_that_refuses_a_decision_stops_nobody_else(stub):
     monitor = Monitor()
     monitor.record(0.1, np.zeros(4))  # it watches a policy that says four numbers already
@@ -111,14 +103,12 @@ def test_a_monitor_that_refuses_a_decision_stops_nobody_else(stub):
                 core.submit([observation()]).result(PATIENCE)
 
 
-
 def test_an_observation_without_a_picture_is_refused_where_it_is_asked(core, stub):
     with held_up(stub, lambda: core.submit([observation()])) as first:
         good = core.submit([observation()])
         with pytest.raises(ValueError, match="rgb"):
             core.submit([{"instruction": "stack"}])
     assert all(len(future.result(PATIENCE).waypoints) == 1 for future in (first, good))
-
 
 
 def test_what_waits_behind_a_policy_that_hangs_is_told_so_when_the_core_is_closed(stub):
@@ -130,7 +120,6 @@ def test_what_waits_behind_a_policy_that_hangs_is_told_so_when_the_core_is_close
         with pytest.raises(Busy, match="stopping"):
             behind.result(PATIENCE)
     assert len(first.result(PATIENCE).waypoints) == 1
-
 
 
 def test_a_core_that_is_closed_has_answered_what_waited_and_takes_no_more(stub):
@@ -147,7 +136,6 @@ def test_a_core_that_is_closed_has_answered_what_waited_and_takes_no_more(stub):
     core.close()
 
 
-
 def test_the_generic_policy_and_a_task_specific_one_are_one_name_apart(waypoint_folder, observations):
     generic, specific = policy_named(GENERIC), policy_named(str(waypoint_folder))
     assert generic.name == "tiny_clip_policy" and specific.name == "task-specific"
@@ -156,7 +144,6 @@ def test_the_generic_policy_and_a_task_specific_one_are_one_name_apart(waypoint_
         policy_named(GENERIC, "an adapter")
     with pytest.raises(UserError, match="no policy"):
         policy_named("./nowhere")
-
 
 
 @pytest.mark.parametrize("numbers", [{"max_batch": 0}, {"wait": -1}, {"wait": np.nan}, {"wait": np.inf}, {"most_waiting": 0}])

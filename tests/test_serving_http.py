@@ -19,6 +19,7 @@ from tests.serving_stand_ins import JSON, ask, body, connected, everything, head
 
 pytest_plugins = ["tests.serving_fixtures"]
 
+
 def test_more_than_may_wait_are_told_to_come_again_and_the_others_are_answered(stub):
     with PolicyCore(stub, most_waiting=2) as core, PolicyServer(core, port=0).in_background() as server, ThreadPoolExecutor(3) as pool:
         with held_up(stub, lambda: pool.submit(works, server)) as first:
@@ -27,7 +28,6 @@ def test_more_than_may_wait_are_told_to_come_again_and_the_others_are_answered(s
             status, answer = ask(server, body())
             assert status == 429 and "try again" in answer["error"]
         assert first.result() and all(future.result() for future in rest)
-
 
 
 def test_who_hangs_up_before_the_policy_begins_costs_no_forward(stub, server, caplog):
@@ -42,7 +42,6 @@ def test_who_hangs_up_before_the_policy_begins_costs_no_forward(stub, server, ca
     assert stub.sizes == [1, 1] and not caplog.records
 
 
-
 @pytest.mark.parametrize("text, status, words", [
     ("raise", 500, "RuntimeError: a defect of the policy"), ("nan", 500, "not finite"), ("refuse", 422, "this picture does not fit"),
 ])  # fmt: skip
@@ -53,14 +52,12 @@ def test_a_policy_that_fails_is_an_answer_in_one_sentence_and_the_next_request_i
     assert server.core.metrics.failures._value.get() == 1
 
 
-
 def test_a_policy_that_takes_too_long_is_not_waited_for(core, stub):
     with PolicyServer(core, port=0, limits=Limits(answer=0.2)).in_background() as server, ThreadPoolExecutor(1) as pool:
         with held_up(stub, lambda: pool.submit(ask, server, body())) as first:
             status, answer = first.result()
             assert status == 503 and "within 0.2 s" in answer["error"]
         assert works(server)
-
 
 
 def test_a_policy_that_hangs_does_not_keep_the_server_from_ending(stub):
@@ -75,7 +72,6 @@ def test_a_policy_that_hangs_does_not_keep_the_server_from_ending(stub):
     core.close()
 
 
-
 @pytest.mark.parametrize("method, path, status", [("GET", "/act", 405), ("PUT", "/act", 405), ("POST", "/health", 405), ("POST", "/", 404),
                                                   ("GET", "/act/../../etc/passwd", 404), ("INVENTED", "/act", 405), ("INVENTED", "/", 405)])
 def test_another_path_or_method_is_told_what_there_is(server, method, path, status, caplog):
@@ -84,12 +80,10 @@ def test_another_path_or_method_is_told_what_there_is(server, method, path, stat
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-
 @pytest.mark.parametrize("path, status", [("/acts", 404), ("/health", 405), ("/metrics", 405)])
 def test_who_sends_a_large_body_to_a_wrong_path_reads_the_answer(hasty, path, status):
     found, answer = ask(hasty, b" " * 1_000_000, path)
     assert found == status and "/act" in answer["error"] and works(hasty)
-
 
 
 def test_a_body_in_chunks_is_read_and_one_that_grows_too_large_is_refused(hasty):
@@ -99,7 +93,6 @@ def test_a_body_in_chunks_is_read_and_one_that_grows_too_large_is_refused(hasty)
     assert status == 413 and "100000 bytes" in answer["error"] and works(hasty)
 
 
-
 def test_a_body_that_would_be_enormous_is_refused_before_it_is_sent(hasty):
     with connected(hasty) as connection:
         connection.sendall(head(10**15))
@@ -107,13 +100,11 @@ def test_a_body_that_would_be_enormous_is_refused_before_it_is_sent(hasty):
     assert answer.startswith(b"HTTP/1.1 413 ") and b"100000 bytes" in answer and works(hasty)
 
 
-
 def test_a_body_that_is_announced_as_too_large_and_never_sent_is_called_too_large(hasty):
     with connected(hasty) as connection:
         connection.sendall(head(1_000_000))
         answer = everything(connection)
     assert answer.startswith(b"HTTP/1.1 413 ") and b"100000 bytes" in answer
-
 
 
 @pytest.mark.parametrize("noise", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20 + b"\r\n\r\n", b"GET\r\n\r\n",
@@ -128,13 +119,11 @@ def test_what_is_no_http_ends_its_connection_and_no_other(hasty, noise):
     assert works(hasty)
 
 
-
 def test_a_body_that_does_not_arrive_is_refused_with_a_sentence(hasty):
     with connected(hasty) as connection:
         connection.sendall(head(1000) + b'{"image": ')
         answer = everything(connection)
     assert answer.startswith(b"HTTP/1.1 408 ") and b"within 1 s" in answer and works(hasty)
-
 
 
 def test_slow_clients_stop_nobody_and_are_sent_away(hasty):
@@ -148,7 +137,6 @@ def test_slow_clients_stop_nobody_and_are_sent_away(hasty):
             assert everything(connection)[:13] in (b"", b"HTTP/1.1 408 ")
     wait_until(lambda: not hasty.active)
     assert works(hasty)
-
 
 
 def test_a_slow_trickle_is_no_way_round_the_time_limit(hasty):
@@ -173,7 +161,6 @@ def test_a_slow_trickle_is_no_way_round_the_time_limit(hasty):
     assert answer.startswith(b"HTTP/1.1 408 ") and works(hasty)
 
 
-
 def test_who_does_not_read_the_answers_keeps_no_place(core):
     with PolicyServer(core, port=0, limits=Limits(connections=1, seconds=1)).in_background() as server, socket.socket() as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -183,7 +170,6 @@ def test_who_does_not_read_the_answers_keeps_no_place(core):
             while True:
                 deaf.sendall(b"GET /metrics HTTP/1.1\r\nHost: robot\r\n\r\n" * 1000)
         wait_until(lambda: works(server))
-
 
 
 def test_more_connections_than_may_be_open_are_told_so_and_it_ends_with_them(core):
@@ -203,7 +189,6 @@ def test_more_connections_than_may_be_open_are_told_so_and_it_ends_with_them(cor
         assert works(server)
 
 
-
 def test_with_a_token_only_those_who_have_it_are_answered(core, stub):
     with PolicyServer(core, port=0, token="open-sesame").in_background() as server:
         for given in ({}, {"Authorization": "Bearer open-sesam"}, {"Authorization": "open-sesame"}, {"Authorization": "Bearer \xfcber"}):
@@ -217,18 +202,15 @@ def test_with_a_token_only_those_who_have_it_are_answered(core, stub):
             PolicyClient(server.url, "guess").decide([observation()])
 
 
-
 @pytest.mark.parametrize("token", ["", "two words", "\u00fcber", "line\nbreak"])
 def test_a_token_that_no_header_can_carry_is_refused_at_the_start(core, token):
     with pytest.raises(ValueError, match="token"):
         PolicyServer(core, port=0, token=token)
 
 
-
 def test_unless_told_only_this_machine_is_listened_to(core):
     with PolicyServer(core, port=0).in_background() as server:
         assert {s.getsockname()[0] for s in server._sockets} == {"127.0.0.1"}
-
 
 
 def test_metrics_count_what_happened_in_prometheus_format(stub):
@@ -250,7 +232,6 @@ def test_metrics_count_what_happened_in_prometheus_format(stub):
     assert answers == {("/act", "200"): 2, ("/act", "500"): 1, ("/act", "400"): 1, ("/health", "200"): 1, ("other", "404"): 1}
 
 
-
 def test_a_server_that_ends_answers_what_it_has_begun_and_frees_its_port(stub, core):
     threads = threading.active_count()
     with ThreadPoolExecutor(1) as pool:
@@ -265,11 +246,9 @@ def test_a_server_that_ends_answers_what_it_has_begun_and_frees_its_port(stub, c
     wait_until(lambda: threading.active_count() == threads)
 
 
-
 def test_an_address_that_is_taken_is_one_sentence(core, server):
     with pytest.raises(UserError, match=f"port {server.port}, cannot be served at .*another port"):
         PolicyServer(core, port=server.port)
-
 
 
 def test_no_host_at_all_is_not_taken_for_everybody(core):

@@ -19,16 +19,15 @@ from tests.serving_stand_ins import JSON, Stub, ask, body, expected, picture, wo
 
 pytest_plugins = ["tests.serving_fixtures"]
 
+
 def png(array, **options):
     data = io.BytesIO()
     Image.fromarray(array).save(data, format="PNG", **options)
     return base64.b64encode(data.getvalue()).decode()
 
 
-
 def array(data=b"", dtype="|u1", shape=(0,)):
     return {"__numpy__": base64.b64encode(data).decode(), "dtype": dtype, "shape": list(shape)}
-
 
 
 BAD = {
@@ -85,7 +84,6 @@ BAD = {
 }
 
 
-
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_request_is_told_what_is_wrong_in_one_sentence_and_the_server_goes_on(name, small_server):
     data, status, words = BAD[name]
@@ -97,13 +95,11 @@ def test_a_bad_request_is_told_what_is_wrong_in_one_sentence_and_the_server_goes
     assert works(small_server)
 
 
-
 @pytest.fixture(scope="module")
 def small_server():
     """One server for all bad requests: whatever one of them breaks, the next will show."""
     with PolicyCore(Stub()) as core, PolicyServer(core, port=0, limits=Limits(body=100_000)).in_background() as server:
         yield server
-
 
 
 def test_what_a_body_takes_in_memory_is_in_proportion_to_it():
@@ -118,7 +114,6 @@ def test_what_a_body_takes_in_memory_is_in_proportion_to_it():
         tracemalloc.stop()
 
 
-
 def test_every_form_of_a_picture_gives_the_same_numbers_and_the_answer_in_that_form(server):
     image, said = picture(4), expected(picture(4), "stack", 1)
     rest = {"instruction": "stack", "holding": 1}
@@ -131,7 +126,6 @@ def test_every_form_of_a_picture_gives_the_same_numbers_and_the_answer_in_that_f
     assert isinstance(answer, str) and json_numpy.loads(answer).tolist() == said
 
 
-
 def test_details_are_there_where_they_are_asked_for_and_json_has_no_nan(server):
     response = urllib3.request("POST", server.url + "/act", headers=JSON, body=json.dumps(
         {"image": picture().tolist(), "instruction": "stack", "detail": True}).encode())
@@ -139,13 +133,11 @@ def test_details_are_there_where_they_are_asked_for_and_json_has_no_nan(server):
     assert answer == {"action": expected(picture(), "stack"), "bins": [0] * 4, "probabilities": [None] * 4, "seconds": 1e-6}
 
 
-
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "application/octet-stream", None])
 def test_only_json_is_read_so_that_no_page_in_a_browser_can_ask(server, kind):
     status, answer = ask(server, body(), headers={"Content-Type": kind} if kind else {})
     assert status == 415 and "application/json" in answer["error"]
     assert ask(server, body(), headers={"Content-Type": "application/json; charset=utf-8"})[0] == 200
-
 
 
 def test_no_module_of_the_server_can_unpickle():
