@@ -4,10 +4,10 @@ import torch
 def int8_weights(weight):
     """Symmetric int8 weights with a scale for each row (output channel).
 
-    weight: (O, I) float.
-    Returns {"q": (O, I) whole numbers from -127 to 127,
-             "scale": (O,), so that scale * q is near the weight; 1 for a row of zeros,
-             "error": norm of weight - scale * q through the norm of weight}.
+    weight: (O, I) float, not all zero.
+    Returns {"q": (O, I) weight / scale rounded to the nearest whole number, -127 to 127,
+             "scale": (O,) the row's largest absolute weight / 127; 1 for a row of zeros,
+             "error": Frobenius norm of weight - scale * q, divided by that of weight}.
     """
     ### BEGIN SOLUTION
     scale = weight.abs().amax(dim=1, keepdim=True) / 127
@@ -21,9 +21,10 @@ def int8_weights(weight):
 def answered_by(sketches, capacity, threshold):
     """Whose encoding answers each request, from a cache where the least recently used one makes room.
 
-    sketches: (N, 2), a request each; how alike two are is their distance in the plane.
+    sketches: (N, 2) float, a request each; how alike two are is their Euclidean distance.
     capacity: how many encodings are kept, at least 1.   threshold: what is no further away may answer.
-    Returns N numbers: of the nearest kept request where that is near enough, else the request's own.
+    Returns N numbers, counted from 0: that of the nearest kept request where it is near enough, which
+    counts as use; else the request's own, which is encoded and kept. What another answered is not kept.
     """
     ### BEGIN SOLUTION
     kept, answers = [], []
@@ -43,8 +44,9 @@ def latest(seconds, window, deadline):
     """How the last decisions were, after each one.
 
     seconds: (N,) float.   window: how many decisions, at least 1.   deadline: seconds.
-    Returns {"p95": (N,) 95th percentile of the last `window` decisions (or of all, while there are fewer),
-             "missed": (N,) share of them that took longer than the deadline}.
+    Returns {"p95": (N,) 95th percentile of the last `window` decisions, this one included (of all, while
+             there are fewer), interpolated as torch.quantile does,
+             "missed": (N,) share of the same decisions that took longer than the deadline}.
     """
     ### BEGIN SOLUTION
     p95, missed = [], []
@@ -60,7 +62,8 @@ def page_hinkley(values, delta, threshold):
     """The Page-Hinkley test for a mean that rises.
 
     values: (N,) float.   delta, threshold: in the values' unit.
-    Returns {"evidence": (N,) sum of value - mean so far - delta, less the least this sum has been so far,
+    Returns {"evidence": (N,) sum of value - mean so far - delta, less the least this sum has been so far
+             ("so far" includes the value itself),
              "alarm": the first place, counted from 0, where the evidence is above the threshold, or -1}.
     """
     ### BEGIN SOLUTION

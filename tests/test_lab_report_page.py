@@ -160,7 +160,8 @@ def test_the_rubric_stands_on_the_page_with_all_its_points(whole):
 def test_many_instructions_are_counted_together(tmp_path):
     report = LabReport(tmp_path)
     splits, tasks = {"train": {"episodes": 78, "successes": 78, "decisions": 90}}, {f"task {i}": i for i in range(1, 13)}
-    report.stored["dataset"] = {"folder": "/many", "splits": splits, "tasks": tasks, "operators": {"": 78}, "errors": 0, "warnings": 0, "problems": []}
+    report.stored["dataset"] = {"folder": "/many", "splits": splits, "tasks": tasks, "operators": {"": 78}, "errors": 0, "warnings": 0,
+                                "problems": []}
     report.build()
     cells = page_of(report).cells
     assert "task 12: 12 episodes" in cells and "task 2: 2 episodes" not in cells and "2 others: 3 episodes" in cells

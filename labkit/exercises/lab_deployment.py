@@ -223,7 +223,7 @@ class Cache(Exercise):
                   (0, 0), (9, 1), (5, 3), (0, 4), (10, 0), (11, 6), (8, 4), (0, 3), (8, 0), (7, 6)], 4, 5.0),
                 # From 26 points on torch.cdist multiplies matrices, and whoever uses it would lose digits.
                 (rng.uniform(0, 12, (24, 2)), 5, 2.5),
-            ]  # fmt: skip
+            ]
         ### END HIDDEN TESTS
         for walk, capacity, threshold in walks:
             yield Case(
@@ -356,8 +356,8 @@ class Deadline(Exercise):
         "Your window holds one decision more than {window}.": _window_too_long,
         "Mean plus 1.645 deviations is the 95th percentile of a normal distribution; response times have a long tail. Take the percentile itself.":
             _mean_and_spread,
-        "Of {window} decisions that is the longest, as every rule says that picks one of them, and one outlier sets it; torch.quantile interpolates.":
-            _largest,
+        "Of {window} decisions that is the longest, and one outlier sets it; the 95th percentile lies between the two longest, where torch.quantile "
+        "interpolates.": _largest,
         "That is the 5th percentile: the quick ones.": _lower_end,
         "A decision that takes exactly {deadline} s has met the deadline.": _in_time_missed,
         '"missed" is the share that took longer than the deadline, not the share that met it.': _met,

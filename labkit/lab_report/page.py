@@ -93,7 +93,6 @@ _PAGE = """<!doctype html>
 {% endfor %}
 <p class="prompt">{{ part.prompt }}</p>
 {% if name in words %}{{ words_in(name) }}{% else %}<p class="gap">Nothing is written here yet.</p>{% endif %}
-
 </section>
 {% endfor %}
 <section id="marking">
