@@ -488,7 +488,8 @@ set_trainable(overfitted.model, "full")
 fit(overfitted, ten, stack["validation"], **OURS | {"epochs": 40, "step_size": 20, "pointing": 0.0},
     callbacks=[lambda epoch, policy, curves: weights.update(
         {name: value.clone() for name, value in policy.model.state_dict().items()})])
-overfitted.model.load_state_dict(weights)  # the last epoch's, not the best one's
+overfitted.model.load_state_dict(weights)
+print(f"kept: the last epoch's {len(weights)} tensors, not the best one's")
 """)
 L.code("figure", r"""
 def how_far_off(policy, samples):

@@ -14,17 +14,9 @@ from labkit.lab_report.notebook import GAP
 from labkit.lab_report.parts import PARTS, POINTS, RECORDED
 from labkit.paths import DATA
 from labkit.waypoint_regression import STATE
-from tests.lab_report_runs import Page, compared, copy_of, fill_gaps, gap, notebook_of, page_of, run_folder, runs, save, used_server, whole_report
+from tests.lab_report_runs import Page, compared, fill_gaps, gap, notebook_of, page_of, run_folder, runs, save, used_server
 
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return whole_report(tmp_path_factory.mktemp("recorded"))
-
-
-@pytest.fixture
-def report(whole, tmp_path):
-    return copy_of(whole, tmp_path)
+pytest_plugins = ["tests.lab_report_fixtures"]
 
 
 def of_part(report, name):

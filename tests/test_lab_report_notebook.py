@@ -13,19 +13,11 @@ from labkit.lab_report.notebook import GAP
 from labkit.lab_report.parts import PARTS
 from labkit.lab_report.record import RECORD
 from labkit.paths import ROOT
-from tests.lab_report_runs import copy_of, fill_gaps, gap, notebook_of, page_of, run_folder, save, whole_report
+from tests.lab_report_runs import fill_gaps, gap, notebook_of, page_of, run_folder, save
+
+pytest_plugins = ["tests.lab_report_fixtures"]
 
 FILES = ("report.html", "report.ipynb", RECORD)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return whole_report(tmp_path_factory.mktemp("recorded"))
-
-
-@pytest.fixture
-def report(whole, tmp_path):
-    return copy_of(whole, tmp_path)
 
 
 def facts(notebook, name):

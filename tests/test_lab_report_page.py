@@ -8,28 +8,19 @@ import re
 from itertools import chain
 
 import numpy as np
-import pytest
 from PIL import Image
 from scipy.stats import binomtest
 
 from labkit.lab_report import LabReport
 from labkit.lab_report.parts import PARTS
 from labkit.lab_report.record import RECORD
-from tests.lab_report_runs import compared, copy_of, fill_gaps, notebook_of, page_of, run_folder, runs, whole_report
+from tests.lab_report_runs import compared, fill_gaps, notebook_of, page_of, run_folder, runs
+
+pytest_plugins = ["tests.lab_report_fixtures"]
 
 HOSTILE = '<script>alert("1")</script> ]] | `x` $\\frac{1}$ { {{ 7 * 7 }} {% raw %} ![a](b) \u202e "quoted" \'single\' & <img src=x onerror=y>'
 OURS = {"html", "head", "meta", "title", "style", "body", "main", "section", "h1", "h2", "h3", "p", "div", "figure", "img", "table", "thead", "tbody",
         "tr", "th", "td"}
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return whole_report(tmp_path_factory.mktemp("recorded"))
-
-
-@pytest.fixture
-def report(whole, tmp_path):
-    return copy_of(whole, tmp_path)
 
 
 def test_the_page_has_every_part_in_the_sheet_s_order_and_needs_nothing_else(whole):

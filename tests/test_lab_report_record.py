@@ -15,19 +15,11 @@ from labkit.serving.core import PolicyCore
 from labkit.serving.http import PolicyServer
 from labkit.task_specific_vla import policy_from_towers, set_trainable
 from labkit.waypoint_regression import STATE, fit, waypoint_samples
-from tests.lab_report_runs import SETTINGS, Still, accuracy, compared, copy_of, page_of, run_folder, runs, used_server, whole_report
+from tests.lab_report_runs import SETTINGS, Still, accuracy, compared, page_of, run_folder, runs, used_server
+
+pytest_plugins = ["tests.lab_report_fixtures"]
 
 LEROBOT = ROOT / "tests" / "lerobot_fixture"
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return whole_report(tmp_path_factory.mktemp("recorded"))
-
-
-@pytest.fixture
-def report(whole, tmp_path):
-    return copy_of(whole, tmp_path)
 
 
 def test_a_record_is_read_again_as_it_was_written_and_keeps_its_author(whole, tmp_path):
@@ -143,6 +135,7 @@ def test_a_server_that_nobody_has_asked_is_refused(report):
     (lambda stored: stored["training"].update(folder=7), "part 'training'"),
     (lambda stored: stored["comparison"]["rows"]["camera"]["generic"].update(success=["x"] * 40), "part 'comparison'"),
     (lambda stored: stored["comparison"]["rows"]["camera"]["generic"].update(success=[0.5] * 40), "part 'comparison'"),
+    (lambda stored: stored["comparison"]["rows"]["camera"]["generic"].update(success=[1] * 40), "part 'comparison'"),
     (lambda stored: stored["comparison"]["rows"]["camera"]["generic"].update(success=[True]), "part 'comparison'"),
     (lambda stored: stored["comparison"]["rows"]["camera"]["generic"].update(task="stack"), "part 'comparison'"),
     (lambda stored: stored["comparison"].update(rows={}), "part 'comparison'"),

@@ -13,6 +13,7 @@ from labkit.commands import serve
 from labkit.paths import ROOT
 from labkit.serving.client import PolicyClient
 from labkit.serving.core import GENERIC, policy_named
+from labkit.serving.http import PolicyServer
 from tests.serving_stand_ins import PATIENCE
 
 pytest_plugins = ["tests.serving_fixtures"]
@@ -38,6 +39,15 @@ def test_the_command_serves_the_policy_that_one_parameter_names_until_a_signal(n
     assert process.returncode == 0 and "Traceback" not in complaints
     assert said.startswith("6 decisions: median ")
     with socket.create_server(("127.0.0.1", int(url.rpartition(":")[2]))):
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_server_well_from_the_moment_it_says_that_it_serves(core, number):
+    server, before = PolicyServer(core, port=0), signal.getsignal(number)
+    server.run(on_start=lambda: os.kill(os.getpid(), number))
+    assert server.stopping and signal.getsignal(number) is before
+    with socket.create_server(("127.0.0.1", server.port)):
         pass
 
 

@@ -88,7 +88,7 @@ print(json.dumps(action.tolist()))
 
 
 def test_openvlas_client_as_its_docstring_shows_it_is_answered(server):
-    ran = subprocess.run([sys.executable, "-c", OPENVLA_CLIENT, server.url], capture_output=True, text=True, timeout=60)
+    ran = subprocess.run([sys.executable, "-c", OPENVLA_CLIENT, server.url], capture_output=True, text=True, timeout=PATIENCE)
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout) == expected(np.arange(192, dtype=np.uint8).reshape(8, 8, 3), "do something")
 
@@ -162,5 +162,5 @@ def test_a_client_tells_what_the_server_refuses(server):
 
 def test_a_robots_computer_needs_no_torch_to_ask():
     code = "import sys, labkit.serving.client, labkit.serving.http; print(sorted({'torch', 'transformers', 'mujoco'} & set(sys.modules)))"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
     assert (ran.returncode, ran.stdout.strip()) == (0, "[]"), ran.stderr

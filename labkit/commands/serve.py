@@ -50,7 +50,6 @@ def main(args):
         server = PolicyServer(core, args.host, args.port, token, limits)
         if args.host not in LOOPBACK and token is None:
             print("everybody who reaches this machine can ask the policy: --token TOKEN lets only some", flush=True)
-        print(f"{args.policy} answers at {server.url}/act; Ctrl-C ends it", flush=True)
-        server.run()
+        server.run(on_start=lambda: print(f"{args.policy} answers at {server.url}/act; Ctrl-C ends it", flush=True))
     print(monitor.look())
     return 0

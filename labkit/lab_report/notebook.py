@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from labkit.errors import UserError
+from labkit.html_page import clean
 from labkit.lab_report.parts import PARTS, TITLE
 from labkit.lab_report.record import RECORD, replace_text
-from labkit.lab_report.tables import Picture, clean
+from labkit.lab_report.tables import Picture
 
 NOTEBOOK, GAP = "report.ipynb", "YOUR WORDS HERE"
 # Made once, with the notebook; like every cell that is not marked as ours it is the student's.

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import re
 from collections.abc import Mapping
 
+from labkit.html_page import template
 from labkit.lab_report.parts import PARTS, TITLE
-from labkit.lab_report.tables import clean
 
 PAGE = "report.html"
 _STYLE = """
-:root { color-scheme: light; }
-body { font: 1rem/1.5 system-ui, sans-serif; color: #111; background: #fff; margin: 0; }
-main { max-width: 60rem; margin: 0 auto; padding: 1.5rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; border-bottom: 1px solid #767676; }
 h3 { font-size: 1rem; line-height: 1.3; margin: 1.5rem 0 .2rem; }
-table { border-collapse: collapse; }
 th, td { text-align: left; vertical-align: top; padding: .25rem 1.5rem .25rem 0; border-bottom: 1px solid #bbb; }
 thead .number { white-space: normal; overflow-wrap: normal; }
 tbody th { font-weight: normal; min-width: 4.5rem; }
-.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .number:last-child { padding-right: 0; }
-figure { margin: 1rem 0; }
 img { max-width: min(100%, 42rem); height: auto; }
 .prompt { color: #444; font-style: italic; }
 .words { white-space: pre-wrap; border-left: 4px solid #0072B2; padding: .1rem 0 .1rem .9rem; margin: .6rem 0; }
@@ -40,18 +32,7 @@ th, td { padding-right: .8rem; }
 }
 @media print { main { max-width: none; padding: 0; } tr, figure { break-inside: avoid; } h2, h3 { break-after: avoid; } }
 """
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>{{ style }}</style>
-</head>
-<body>
-<main>
-{% macro piece_of(piece) %}
+_PAGE = """{% macro piece_of(piece) %}
 {% if piece.data is defined %}
 <figure><img src="data:image/png;base64,{{ coded(piece.data) }}" alt="{{ piece.alt }}"></figure>
 {% else %}
@@ -81,7 +62,7 @@ _PAGE = """<!doctype html>
 <div class="words" dir="auto">{{ text }}</div>
 {% endfor %}
 {% endmacro %}
-<h1>{{ title }}</h1>
+<h1>{{ heading }}</h1>
 {% if author %}<p dir="auto">{{ author }}</p>{% endif %}
 {{ words_in("title") }}
 {% for name, part in parts.items() %}
@@ -102,9 +83,6 @@ _PAGE = """<!doctype html>
 {% endfor %}
 {{ words_in("marking") }}
 </section>
-</main>
-</body>
-</html>
 """
 
 
@@ -113,16 +91,8 @@ def page_of(author: str, shown: Mapping, words: Mapping) -> str:
 
     shown: part -> tables and pictures, without parts that are not recorded; "marking" is the end.   words: part -> the student's texts.
     """
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined,
-                              finalize=lambda value: clean(value) if type(value) is str else value)
-    digest = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
-    return environment.from_string(_PAGE).render(
-        title=TITLE, author=author, parts=PARTS, shown=shown, words=words, style=Markup(_STYLE), policy=Markup(policy),
-        coded=lambda data: base64.b64encode(data).decode())
+    return template(_PAGE, _STYLE).render(
+        heading=TITLE, author=author, parts=PARTS, shown=shown, words=words, coded=lambda data: base64.b64encode(data).decode())
 
 
 def without_pictures(page: str) -> str:

@@ -10,6 +10,7 @@ from textwrap import fill
 
 import numpy as np
 
+from labkit.html_page import clean
 from labkit.lab_report.parts import PARTS
 from labkit.lab_report.record import FINE_TUNED, GENERIC, rollouts_of
 from labkit.rollouts import compare
@@ -33,11 +34,6 @@ class Picture:
     name: str
     data: bytes
     alt: str
-
-
-def clean(text: str) -> str:
-    """A text without control characters and marks that turn the direction of writing; lines stay lines."""
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text.replace("\r\n", "\n").replace("\t", "    "))
 
 
 def show_dataset(stored: dict) -> list[Table | Picture]:

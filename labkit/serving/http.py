@@ -353,9 +353,12 @@ class PolicyServer:
         """Where clients reach it, without a path."""
         return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
-    def run(self) -> None:
-        """Serve until SIGTERM or SIGINT (Ctrl-C), then end what is being answered and free the port. Only in the main thread."""
-        asyncio.run(self._serve((signal.SIGTERM, signal.SIGINT)))
+    def run(self, on_start=lambda: None) -> None:
+        """Serve until SIGTERM or SIGINT (Ctrl-C), then end what is being answered and free the port. Only in the main thread.
+
+        on_start: called once, when requests are answered and a signal ends it as it should.
+        """
+        asyncio.run(self._serve((signal.SIGTERM, signal.SIGINT), on_start))
 
     @contextmanager
     def in_background(self):
@@ -374,7 +377,7 @@ class PolicyServer:
         with suppress(RuntimeError):  # its loop is closed: it has ended
             self._loop.call_soon_threadsafe(self._stop.set)
 
-    async def _serve(self, signals=()):
+    async def _serve(self, signals=(), on_start=lambda: None):
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         handlers = [(path, handler, {"server": self}) for path, handler in _PATHS.items()]
         application = Application(handlers, default_handler_class=_Nothing, default_handler_args={"server": self}, log_function=self._count)
@@ -386,6 +389,7 @@ class PolicyServer:
         try:
             listener.add_sockets(self._sockets)
             self._started.set()
+            on_start()
             await self._stop.wait()
             self.stopping = True
             listener.stop()

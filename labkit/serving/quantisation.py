@@ -62,7 +62,7 @@ def dynamic_int8(policy, per_channel: bool = True):
 
 
 def int8_per_row(weight) -> dict:
-    """A matrix as `dynamic_int8` keeps it: {"q": (O, I) whole numbers from -127 to 127, "scale": (O,), "error": what is lost, as a share of the norm}.
+    """A matrix as `dynamic_int8` keeps it: {"q": (O, I) whole numbers from -127 to 127, "scale": (O,), "error": share of the norm that is lost}.
 
     weight: (O, I) float.   Source: `torch.fake_quantize_per_channel_affine`.
     """
