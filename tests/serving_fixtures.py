@@ -33,12 +33,8 @@ def hasty(core):
 
 
 @pytest.fixture(scope="module")
-def waypoint_folder(tmp_path_factory):
+def waypoint_folder(clip_folder, tmp_path_factory):
     """A task-specific policy with random weights that reads two frames, saved."""
-    from labkit.clip_pretraining import Recipe, build_model, build_processor
-
-    folder = tmp_path_factory.mktemp("served")
-    build_model(Recipe(width=32, vision_layers=2, seed=3)).save_pretrained(folder / "clip")
-    build_processor().save_pretrained(folder / "clip")
-    policy_from_clip(folder / "clip", readout="spatial", frames=2).save(folder / "task-specific")
-    return folder / "task-specific"
+    folder = tmp_path_factory.mktemp("served") / "task-specific"
+    policy_from_clip(clip_folder, readout="spatial", frames=2).save(folder)
+    return folder

@@ -5,7 +5,6 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from labkit.clip_pretraining import Recipe, build_model, build_processor
 from labkit.errors import UserError
 from labkit.rollouts import rollout
 from labkit.serving.caching import (
@@ -17,14 +16,6 @@ from labkit.serving.caching import (
     sentence_sketch,
 )
 from labkit.task_specific_vla import policy_from_clip
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("towers") / "random-clip"
-    build_model(Recipe(width=32, vision_layers=2, seed=3)).save_pretrained(folder)
-    build_processor().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(params=[("pooled", 1), ("spatial", 1), ("spatial", 2)], ids=lambda p: f"{p[0]}-{p[1]}")

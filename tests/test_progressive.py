@@ -5,19 +5,10 @@ import pytest
 import torch
 from torch.nn.functional import relu
 
-from labkit.clip_pretraining import Recipe, build_model, build_processor
 from labkit.progressive import ProgressiveVLA, old_column, with_column
 from labkit.rollouts import rollout
 from labkit.task_specific_vla import frames_of, parameter_groups, policy_from_clip, set_trainable
 from labkit.waypoint_regression import WaypointSamples, fit
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("towers") / "random-clip"
-    build_model(Recipe(width=32, vision_layers=2, seed=3)).save_pretrained(folder)
-    build_processor().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(params=[("pooled", 1), ("pooled", 2), ("spatial", 1), ("spatial", 2)], ids=lambda p: f"{p[0]}-{p[1]}")

@@ -30,6 +30,10 @@ def array(data=b"", dtype="|u1", shape=(0,)):
     return {"__numpy__": base64.b64encode(data).decode(), "dtype": dtype, "shape": list(shape)}
 
 
+def nested(depth):
+    return [nested(depth - 1)] if depth else 7
+
+
 BAD = {
     "nothing": (b"", 400, "empty"),
     "no JSON": (b"{image", 400, "JSON"),
@@ -67,6 +71,7 @@ BAD = {
     "half a PNG": (body(image=png(picture(size=64))[:400]), 422, "PNG"),
     "a PNG with alpha": (body(image=png(np.zeros((8, 8, 4), np.uint8))), 422, "RGBA"),
     "a PNG that unpacks to much": (body(image=png(np.zeros((4000, 4000, 3), np.uint8))), 422, "4000 x 4000"),
+    "lists 70 deep": (json.dumps({"image": nested(70), "instruction": "stack"}).encode(), 422, "whole numbers"),
     "lists of words": (body(image=[["red", "green"]]), 422, "whole numbers"),
     "instruction is half a character": (b'{"image": [[[1, 2, 3]]], "instruction": "a \\ud800"}', 422, "half a character ('\\ud800')"),
     "a field with an endless name": (body(**{"x" * 90_000: 1}), 422, "xxx..."),

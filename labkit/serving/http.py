@@ -123,7 +123,7 @@ def _nested(rows, name):
         numbers = np.array(rows, dtype=object)
     except ValueError:
         raise RequestError(f"the lists of {name} are not all of one length") from None
-    if set(map(type, numbers.flat)) != {int} or numbers.min() < 0 or numbers.max() > 255:
+    if set(map(type, numbers.ravel())) != {int} or numbers.min() < 0 or numbers.max() > 255:
         raise RequestError(f"{name} must hold whole numbers from 0 to 255, in lists of one length")
     return numbers.astype(np.uint8)
 
