@@ -19,6 +19,7 @@ def add_arguments(parser):
     parser.add_argument("--max-batch", type=int, default=8, metavar="N",
                         help="observations that waiting requests may share a forward with; 1: each alone (default: 8)")
     parser.add_argument("--wait-ms", type=float, default=3.0, metavar="MS", help="how long a forward waits for others at most (default: 3)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads (default: 1, as in the lessons)")
     parser.add_argument("--deadline-ms", type=_positive, default=100.0, metavar="MS", help="a decision that takes longer is counted (default: 100)")
 
 
@@ -31,6 +32,7 @@ def _positive(text):
 
 def main(args):
     import numpy as np
+    import torch
 
     from labkit.quiet import quiet_libraries
     from labkit.serving.core import PolicyCore, policy_named
@@ -40,9 +42,12 @@ def main(args):
 
     if not 0 <= args.port <= 65535:
         raise ValueError(f"--port is {args.port}; it is 0 to 65535")
+    if args.threads < 1:
+        raise ValueError(f"--threads is {args.threads}; it is at least 1")
     limits, monitor = Limits(body=int(args.max_body * 2**20), seconds=args.patience), Monitor(args.deadline_ms / 1000)
     token = os.environ.get("LABKIT_TOKEN") if args.token is None else args.token
     quiet_libraries()
+    torch.set_num_threads(args.threads)
     policy = policy_named(args.policy, args.adapter)
     # The first forward is the slowest, and shows whether the policy works at all: better before a robot waits for it.
     policy.decide([{"rgb": np.zeros((OBSERVATION_SIZE, OBSERVATION_SIZE, 3), np.uint8), "instruction": "pick up the red block", "holding": 0}])
