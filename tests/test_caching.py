@@ -40,8 +40,6 @@ class Towers:
         self.asked[name] += 1
 
 
-# --- exact ------------------------------------------------------------------------------------------------------------------
-
 def test_a_hit_is_to_the_bit_what_a_miss_was_and_asks_no_tower(policy, observations):
     cached = CachingPolicy(policy)
     towers = Towers(policy.model)
@@ -120,8 +118,6 @@ def test_another_kind_of_policy_is_refused(tiny_policy):
         CachingPolicy(tiny_policy)
 
 
-# --- bounded ----------------------------------------------------------------------------------------------------------------
-
 def test_a_cache_keeps_what_a_least_recently_used_list_keeps():
     """Against a model in plain Python, over a thousand random questions."""
     cache, model, rng = FeatureCache(5), OrderedDict(), np.random.default_rng(7)
@@ -160,8 +156,6 @@ def test_impossible_caches_are_refused(options):
     with pytest.raises(ValueError, match="capacity"):
         FeatureCache(**options)
 
-
-# --- by similarity ----------------------------------------------------------------------------------------------------------
 
 def test_a_noisy_picture_is_answered_with_what_was_encoded_and_is_a_stale_answer(one_frame, observations):
     noise = np.random.default_rng(0).integers(-4, 5, observations[0]["rgb"].shape)

@@ -10,6 +10,7 @@ from labkit.serving import delay as delays
 from labkit.serving.delay import DelayedTabletop, let_pass, rollout_with_delay, success_against_delay
 from labkit.tabletop import Tabletop, Variation
 from labkit.tabletop.experts import next_waypoint
+from labkit.watch import film
 
 BELT = Variation(belt_speed=0.06)
 
@@ -46,8 +47,6 @@ def oracle(monkeypatch):
 def belt_place(env):
     return float(env.data.qpos[env.model.joint("belt").qposadr[0]])
 
-
-# --- the world goes on ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("seconds", [0.0, 0.005, 0.05, 0.125, 0.5])
 def test_the_belt_moves_by_its_speed_times_the_delay(seconds):
@@ -100,8 +99,6 @@ def test_a_step_before_the_first_reset_is_refused_as_without_a_delay():
         DelayedTabletop("pick", delay=0.1).step(np.zeros(7))
 
 
-# --- success against delay --------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("variation", [Variation(), BELT], ids=["still", "belt"])
 def test_without_delay_it_is_the_plain_rollout(variation):
     policy = Stub(to_the_middle)
@@ -129,3 +126,11 @@ def test_on_a_belt_a_late_expert_misses_by_as_much_as_things_have_moved(oracle):
 def test_an_unknown_task_is_refused():
     with pytest.raises(ValueError, match="unknown task"):
         rollout_with_delay(Stub(to_the_middle), "juggle", 0.1, episodes=1, progress=False)
+
+
+def test_a_film_shows_the_wait_and_ends_as_the_run_does():
+    known = Stub(lambda o: np.array([0.0, 0.05, 0.06, 0, 0, 0, 1.0]))
+    on_time, late = (film(known, "pick", seed=3, variation=BELT, delay=delay) for delay in (0.0, 0.5))
+    assert len(late.frames) - len(on_time.frames) == 5 * len(late.said)  # ten pictures a second
+    alone = rollout_with_delay(known, "pick", 0.5, episodes=1, seed=3, variation=BELT, progress=False)
+    assert late.success == alone.success[0] and len(late.said) == alone.decisions[0]

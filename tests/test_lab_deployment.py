@@ -55,8 +55,6 @@ def checked(found):
     return found
 
 
-# --- the points ---------------------------------------------------------------------------------------------------------------
-
 def test_points_are_distinct_and_can_be_stored():
     keys = [json.dumps(point, sort_keys=True) for point in lab.points()]
     assert len(set(keys)) == len(keys) and all(json.loads(key)["seed"] in lab.SEEDS for key in keys)
@@ -74,8 +72,6 @@ def test_every_way_to_quantise_is_measured_on_the_generic_policy():
     assert set(quantisation.WAYS) | {"fp32", "static int8", "static int8, not calibrated"} <= asked
     assert not any(p["way"].startswith("onnx") for p in lab.points() if p.get("policy") == "tiny")
 
-
-# --- each part ----------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("policy, way", [("generic", "fp32"), ("generic", "static int8"), ("tiny", "dynamic int8, one scale")])
 def test_a_way_is_counted_weighed_and_timed(policy, way, small):
@@ -114,8 +110,6 @@ def test_two_columns_keep_the_old_task_whatever_the_other_learned(small, monkeyp
     assert found["old"] == small.counted(load_waypoint_policy(), "put", 6)
     assert found["trainable"] < found["total"]
 
-
-# --- the pieces ---------------------------------------------------------------------------------------------------------------
 
 def test_the_pull_is_the_gradient_of_the_l2_penalty():
     """Against autograd through forgetting.l2_penalty; and gone when the context is left."""
@@ -235,8 +229,6 @@ def test_a_cost_is_measured_in_turn_with_the_references(observations, monkeypatc
     assert asked[:4] == ["small", "large", "small", "large"] and found["ms"] == {"p50": 2.0, "p95": 2.0} and found["fp32_ms"]["p50"] == 5.0
     assert found["bytes"] == 24
 
-
-# --- the exercises' cases -----------------------------------------------------------------------------------------------------
 
 def hidden_cases(id):
     return [case for secret in ("a secret", "another", "a third") for case in all_exercises()[id].drawn(secret, hidden=True)]

@@ -98,8 +98,6 @@ def test_settings_that_make_no_test_are_refused(settings):
         PageHinkley(1, **settings)
 
 
-# --- the monitor --------------------------------------------------------------------------------------------------------------
-
 def test_misses_and_percentiles_are_those_of_numpy_over_the_window():
     seconds = np.random.default_rng(4).exponential(0.05, 500)
     monitor = Monitor(deadline=0.1, window=80)

@@ -40,8 +40,6 @@ def encoded(model, policy, observations):
     return *model.encode_images(policy.pixels(images)), model.encode_sentences(**words)
 
 
-# --- the old column -----------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("everything", [False, True])
 def test_training_the_new_column_leaves_the_old_ones_answers_to_the_bit(everything, old, observations):
     """Even where somebody tells every parameter to train, and weight decay would shrink them without a gradient."""
@@ -82,8 +80,6 @@ def test_a_policy_of_one_column_is_refused(spatial):
     with pytest.raises(ValueError, match="one column"):
         old_column(spatial)
 
-
-# --- the learning column -------------------------------------------------------------------------------------------------------
 
 def test_it_learns(old, observations):
     policy = with_column(old, hidden=64, dropout=0.0)

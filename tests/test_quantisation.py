@@ -71,8 +71,6 @@ def state(policy):
     return {name: value.clone() for name, value in policy.model.state_dict().items()}
 
 
-# --- any way ----------------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("way", [*WAYS, "static"])
 def test_a_smaller_policy_says_nearly_the_same_in_fewer_bytes(way, smaller, waypoint, scenes):
     found = answer_difference(smaller[way], waypoint, scenes)
@@ -123,8 +121,6 @@ def test_lora_is_merged_before_anything_is_rounded(two_frames, observations):
     assert own < 0.5 * without
 
 
-# --- bfloat16 ---------------------------------------------------------------------------------------------------------------
-
 def test_in_bf16_only_the_range_of_the_actions_stays_exact(waypoint, smaller, scenes):
     dtypes = {name: value.dtype for name, value in smaller["bf16"].model.state_dict().items() if value.is_floating_point()}
     assert {name for name, dtype in dtypes.items() if dtype != torch.bfloat16} == {"normaliser.low", "normaliser.high"}
@@ -139,8 +135,6 @@ def test_in_bf16_only_the_range_of_the_actions_stays_exact(waypoint, smaller, sc
 def test_bf16_takes_half_the_bytes(tiny_policy):
     assert weight_bytes(bf16(tiny_policy)) == pytest.approx(weight_bytes(tiny_policy) / 2, rel=0.01)
 
-
-# --- dynamic int8 -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_int8_weights_are_int8_and_the_nearest_ones(two_frames, per_channel):
@@ -163,8 +157,6 @@ def test_embeddings_and_norms_keep_their_precision(two_frames):
     for name in ("text_encoder.embeddings.token_embedding.weight", "vision_encoder.post_layernorm.weight"):
         assert torch.equal(kept[name], two_frames.model.state_dict()[name])
 
-
-# --- static int8: the sheet's recipe ----------------------------------------------------------------------------------------
 
 def test_the_printed_lines_raise_on_the_whole_model(waypoint):
     with pytest.raises(AssertionError, match="[Ee]mbedding"):
@@ -201,8 +193,6 @@ def test_a_language_model_goes_through_the_same_recipe(tiny_policy, observations
     assert not linear_layers(small.model) and np.isfinite(small.decide(observations).waypoints).all()
 
 
-# --- NF4 --------------------------------------------------------------------------------------------------------------------
-
 def test_nf4_is_what_bitsandbytes_makes_of_each_matrix(two_frames):
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     from bitsandbytes.nn import Linear4bit
@@ -226,8 +216,6 @@ def test_nf4_of_the_tiny_vla_is_what_transformers_loads(tiny_policy, tmp_path, o
     assert np.array_equal(ours.decide(observations).bins, theirs.decide(observations).bins)
     assert weight_bytes(ours) == pytest.approx(weight_bytes(theirs), rel=0.01)
 
-
-# --- ONNX Runtime -----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def two_frames_in_onnx(two_frames):
@@ -281,8 +269,6 @@ def test_a_policy_that_generates_tokens_is_refused_with_the_ways_that_are_open_t
     with pytest.raises(UserError, match="token by token.*dynamic int8"):
         way(tiny_policy)
 
-
-# --- sizes and differences --------------------------------------------------------------------------------------------------
 
 def test_bytes_of_a_plain_model_are_four_a_number(two_frames):
     numbers = sum(p.numel() for p in two_frames.model.parameters()) + 2 * 7  # and the range of the actions

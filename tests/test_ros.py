@@ -101,8 +101,6 @@ def picture():
     return np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
 
 
-# --- messages in ------------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("padding", [0, 1, 13])
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_picture_arrives_in_every_encoding_and_without_its_padding(types, picture, encoding, padding):
@@ -187,8 +185,6 @@ def test_a_request_is_what_the_core_reads(picture):
     (later,) = read_request(request_of(picture, "pick up the red block", 0, picture[::-1].copy()))
     assert np.array_equal(later["previous_rgb"], picture[::-1])
 
-
-# --- messages out -----------------------------------------------------------------------------------------------------------
 
 def test_a_trajectory_arrives_as_the_path_it_was_made_of(types):
     path = path_of([0.1, -0.05, 0.03, 0, 0, 0.4, 1], AT_HOME, 0)
@@ -282,8 +278,6 @@ def test_seconds_that_round_up_carry_into_the_next_second(types):
     stamp = header_of(1.9999999999, types).stamp
     assert (stamp.sec, stamp.nanosec) == (2, 0)
 
-
-# --- the node, without ROS --------------------------------------------------------------------------------------------------
 
 class Clock:
     """A clock that a test sets; it is also the node whose clock it is."""
@@ -477,8 +471,6 @@ def read_bag(types, folder):
     with rosbag2.Reader(folder) as reader:
         return [(connection.topic, types.store.deserialize_cdr(raw, connection.msgtype)) for connection, _, raw in reader.messages()]
 
-
-# --- with ROS, or in its absence --------------------------------------------------------------------------------------------
 
 def test_without_ros_the_node_says_what_is_missing_in_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "rclpy", None)

@@ -9,12 +9,14 @@ import io
 import time
 from textwrap import fill
 
+import numpy as np
+
 from labkit.plots import COLOURS, AltImage
 from labkit.serving.monitor import Monitor
 
 
 class LiveMonitor(Monitor):
-    """A `Monitor` with a picture in the notebook, under the cell that made it; elsewhere its words.   times: seconds of each decision.
+    """A `Monitor` with a picture in the notebook, under the cell that made it; elsewhere its words, once.
 
     Drawing takes tens of milliseconds, which no decision is charged with: times are those of the policy.
     """
@@ -25,14 +27,18 @@ class LiveMonitor(Monitor):
 
         super().__init__(deadline, **options)
         self.every, self._drawn = every, time.perf_counter()
-        self.times, self._percentiles = [], []
+        self._history = []  # of each decision: its seconds, and the percentile after it
         self._display = display(self._picture(), display_id=True)
+
+    @property
+    def times(self) -> list[float]:
+        """Seconds of every decision so far."""
+        return [seconds for seconds, _ in self._history]
 
     def record(self, seconds: float, action=(), probabilities=()):
         """As `Monitor.record`; draws, where the last picture is old enough."""
         raised = super().record(seconds, action, probabilities)
-        self.times.append(seconds)
-        self._percentiles.append(1000 * self.look().p95)
+        self._history.append((seconds, self.look().p95))
         if time.perf_counter() - self._drawn > self.every:
             self.draw()
         return raised
@@ -46,15 +52,16 @@ class LiveMonitor(Monitor):
     def _picture(self):
         import matplotlib.pyplot as plt
 
-        seen, numbers = self.look(), range(1, 1 + len(self.times))
+        seen, history = self.look(), 1000 * np.reshape(self._history, (-1, 2))
+        numbers = range(1, 1 + len(history))
         figure, axes = plt.subplots(figsize=(9, 2.8), layout="constrained")
-        axes.plot(numbers, [1000 * seconds for seconds in self.times], linestyle="none", color=COLOURS[5], label="response time", marker=".")
-        axes.plot(numbers, self._percentiles, color=COLOURS[0], marker="", label="95th percentile")
+        axes.plot(numbers, history[:, 0], color=COLOURS[5], linestyle="none", marker=".", label="response time")
+        axes.plot(numbers, history[:, 1], color=COLOURS[0], marker="", label="95th percentile")
         axes.axhline(1000 * seen.deadline, color=COLOURS[1], linestyle="--", label="deadline")
         for alarm in seen.alarms:
             axes.axvline(alarm.decision, color="black", linewidth=1)
             axes.text(alarm.decision, 0.02, f" {alarm.stream}", transform=axes.get_xaxis_transform(), fontsize=10)
-        axes.set(xlabel="decision", ylabel="ms", ylim=(0, None), xlim=(0, max(10, len(self.times) + 1)))
+        axes.set(xlabel="decision", ylabel="ms", ylim=(0, None), xlim=(0, max(10, len(history) + 1)))
         axes.set_title(fill(str(seen), 100), fontsize=10, loc="left")
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize=10)
         picture = io.BytesIO()
