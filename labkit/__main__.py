@@ -15,7 +15,8 @@ from labkit.install import ensure_environment, existing_environment, interpreter
 from labkit.processes import hand_over
 
 VERBS = (
-    "lab", "test", "run", "doctor", "evaluate", "finetune", "record", "validate", "convert", "pretrain", "sweep", "benchmark", "release", "grade",
+    "lab", "test", "run", "doctor", "evaluate", "serve", "finetune", "record", "validate", "convert", "report", "pretrain", "sweep", "benchmark",
+    "release", "grade",
 )
 
 

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -173,4 +174,32 @@ def reading() -> Measurement:
                        f"a LeRobot dataset of {count} samples; peer: the lab sheet's folder; median of 5 runs in turn")
 
 
-BENCHMARKS = {"camera": camera, "fine_tune": fine_tuning, "evaluation": evaluation, "matrix_peak": matrix_peak, "reading": reading}
+def serving(name: str = "tiny", requests: int = 400) -> Measurement:
+    """Decisions a second of one robot at the 95th percentile, through a policy server in a process of its own against the policy called directly.
+
+    name: as of `serve --policy`.   Both are asked about the same pictures, in turn by blocks of ten.
+    """
+    from labkit.serving.client import PolicyClient
+    from labkit.serving.core import policy_named
+    from labkit.tabletop import Tabletop
+
+    env, policy = Tabletop("pick"), policy_named(name)
+    seen = [env.reset(seed=seed)[0] for seed in range(10)]
+    command = [sys.executable, "-m", "labkit", "serve", "--policy", name, "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        client = PolicyClient(server.stdout.readline().split()[3].removesuffix("/act;"))
+        seconds = {"ours": [], "peer": []}
+        for _ in range(1 + requests // len(seen)):
+            for who, asked in (("ours", client), ("peer", policy)):
+                seconds[who] += [asked.decide([observation]).seconds for observation in seen]
+    finally:
+        server.terminate()
+        server.communicate()
+    ours, peer = (np.percentile(seconds[who][len(seen):], 95) for who in ("ours", "peer"))
+    return Measurement("serving" if name == "tiny" else f"serving_{name}", 1 / ours, 1 / peer, "decisions/s",
+                       f"p95 {1000 * ours:.1f} ms by HTTP, the policy {1000 * peer:.1f} ms: {ours / peer:.2f} times; {requests} of each, in turn")
+
+
+BENCHMARKS = {"camera": camera, "fine_tune": fine_tuning, "evaluation": evaluation, "matrix_peak": matrix_peak, "reading": reading,
+              "serving": serving, "serving_generic": partial(serving, "generic")}

@@ -76,6 +76,15 @@ CLAIMS = {
     "sheet-rates": Claim("learning rates: 1e-4 for the head, 5e-6 for the last two layers of the towers", "lab sheet 2, step 3"),
     "sheet-loss": Claim("one mean of squares over position and orientation", "lab sheet 2, step 3"),
     "sheet-evaluation": Claim("the model is evaluated by its loss on test data", "lab sheet 2, step 5"),
+    "sheet-integration": Claim("the task-specific model replaces the generic one in the robot's node", "lab sheet 2, step 5"),
+    "sheet-quantise": Claim("quantisation reduces size and improves inference speed", "lab sheet 2, step 6"),
+    "sheet-static": Claim("a configuration, prepare and convert quantise the model", "lab sheet 2, step 6"),
+    "sheet-cache": Claim("a cache for similar scenes or commands saves computing", "lab sheet 2, step 6"),
+    "openvla-int8": Claim("8 bits succeed in 58.1 %, 16 in 71.3 and 4 in 71.9: the slow ones act late", "OpenVLA, arXiv 2406.09246, Table 2"),
+    "sheet-overfitting": Claim("against overfitting: regularisation, less capacity, more diverse data", "lab sheet 2, troubleshooting"),
+    "sheet-slow": Claim("against slow inference: quantisation, a simpler model, an edge runtime", "lab sheet 2, troubleshooting"),
+    "sheet-forgetting": Claim("against forgetting: annealing, regularisation, progressive networks", "lab sheet 2, troubleshooting"),
+    "sheet-transfer": Claim("against too little data: augmentation, synthetic data, transfer learning", "lab sheet 2, troubleshooting"),
     "sheet-little-data": Claim("against too little data: augmentation, synthetic data", "lab sheet 2, troubleshooting"),
 }
 

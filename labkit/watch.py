@@ -78,13 +78,17 @@ class Film:
         return figure
 
 
-def film(policy, task: str = "pick", seed: int = 0, instruction: str | None = None, variation: Variation = Variation()) -> Film:
+def film(policy, task: str = "pick", seed: int = 0, instruction: str | None = None, variation: Variation = Variation(),
+         delay: float = 0.0) -> Film:
     """Film one episode of `policy`.
 
     instruction: replaces the episode's own sentence. If it says, in any of our phrasings, something that can be done in this scene,
     then that is what success counts; otherwise the robot is filmed and nothing is counted.
+    delay: seconds of the simulated world between each picture and the motion that answers it.
     """
-    env = Tabletop(task, variation)
+    from labkit.serving.delay import DelayedTabletop
+
+    env = DelayedTabletop(task, variation, delay=delay)
     observation, _ = env.reset(seed=seed)
     counted = True
     if instruction is not None:

@@ -311,7 +311,7 @@ class _Run:
         self.model.load_state_dict(load_file(self.folder / BEST))
 
     def _save_state(self):
-        state = {"run": self.digest, "model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(),
+        state = {"run": self.digest, "settings": self.settings, "model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(),
                  "scheduler": self.scheduler.state_dict(), "curves": json.dumps(asdict(self.curves))}
         partial = self.folder / (STATE + ".tmp")
         torch.save(state, partial)

@@ -31,6 +31,17 @@ def shipped_policy():
 
 
 @pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """Tiny towers with random weights, saved as CLIP is saved."""
+    from labkit.clip_pretraining import Recipe, build_model, build_processor
+
+    folder = tmp_path_factory.mktemp("towers") / "random-clip"
+    build_model(Recipe(width=32, vision_layers=3, seed=3)).save_pretrained(folder)
+    build_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """The tiny VLA with random weights, saved as `save_pretrained` does."""
     from labkit.tiny_vla import build_model, build_processor

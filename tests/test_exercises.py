@@ -43,6 +43,36 @@ EQUIVALENT = {
     "lab-best": {
         "if epoch - best == patience: -> if epoch - best >= patience:": "the difference grows by one an epoch and is looked at in each",
     },
+    "lab-int8": {
+        "scale = weight.abs().amax(dim=1, keepdim=True) / 127 -> scale = weight.abs().amax(dim=-1, keepdim=True) / 127":
+            "dimension 1 of two is the last one",
+        "scale = torch.where(scale == 0, 1.0, scale) -> scale = torch.where(scale <= 0, 1.0, scale)": "no scale is below zero",
+        "error = (weight - scale * q).norm() / weight.norm() -> error = (scale * q - weight).norm() / weight.norm()": "a norm has no sign",
+    },
+    "lab-cache": {
+        "kept, answers = ([], []) -> answers, kept = ([], [])": "both begin as the same empty list",
+        "away = [float((sketch - sketches[other]).norm()) for other in kept] -> away = [(sketch - sketches[other]).norm() for other in kept]":
+            "tensors of one number compare as that number",
+        "away = [float((sketch - sketches[other]).norm()) for other in kept] -> away = [float((sketches[other] - sketch).norm()) for other in kept]":
+            "a distance has no sign",
+        "if kept and min(away) <= threshold: -> if answers and min(away) <= threshold:": "from the first answer on something is kept",
+        "if kept and min(away) <= threshold: -> if number and min(away) <= threshold:": "from the second request on something is kept",
+        "if kept and min(away) <= threshold: -> if away and min(away) <= threshold:": "there is a distance for each that is kept",
+    },
+    "lab-deadline": {
+        "p95, missed = ([], []) -> missed, p95 = ([], [])": "both begin as the same empty list",
+        "return {'p95': torch.stack(p95), 'missed': torch.stack(missed)} -> return {'p95': p95, 'missed': torch.stack(missed)}":
+            "a list of tensors of one number counts as those numbers",
+        "return {'p95': torch.stack(p95), 'missed': torch.stack(missed)} -> return {'p95': torch.stack(p95), 'missed': missed}":
+            "a list of tensors of one number counts as those numbers",
+        "recent = seconds[max(0, end - window):end] -> recent = seconds[max(end - window, 0):end]": "the larger of two has no order",
+    },
+    "lab-drift": {
+        "mean = values.cumsum(0) / torch.arange(1, len(values) + 1) -> mean = values.cumsum(-1) / torch.arange(1, len(values) + 1)":
+            "a vector's first dimension is its last",
+        "total = (values - mean - delta).cumsum(0) -> total = (values - mean - delta).cumsum(-1)": "a vector's first dimension is its last",
+        "evidence = total - total.cummin(0).values -> evidence = total - total.cummin(-1).values": "a vector's first dimension is its last",
+    },
     "few-shot-paired": {
         "half = 1.96 * differences.std() / len(differences) ** 0.5 -> half = 1.96 * differences.std() / len(first) ** 0.5":
             "there are as many differences as episodes",

@@ -75,6 +75,22 @@ ORACLES = {
     "lab-moved": {"labkit.waypoint_regression.step_faults": "compares elementwise and subtracts sets"},
     "lab-scale": {"labkit.exercises.lab_task_specific_vla._statistics": "the frame of the known mistakes, in double precision"},
     "lab-best": {"labkit.exercises.lab_task_specific_vla._followed": "the frame of the known mistakes; what is better is an argument"},
+    "lab-int8": {
+        "labkit.serving.quantisation.int8_per_row": "torch's own fake quantisation",
+        "labkit.exercises.lab_deployment._int8": "the frame of the known mistakes, row by row, with what a scale is made of as an argument",
+    },
+    "lab-cache": {
+        "labkit.serving.caching.answered_from": "asks the cache of the course, which keeps a Python OrderedDict",
+        "labkit.exercises.lab_deployment._served": "the frame of the known mistakes, which makes room before it adds",
+    },
+    "lab-deadline": {
+        "labkit.serving.monitor.sliding": "numpy's percentile",
+        "labkit.exercises.lab_deployment._watched": "the frame of the known mistakes, with the window's ends as arguments",
+    },
+    "lab-drift": {
+        "labkit.serving.monitor.page_hinkley": "Page's recursion, which needs no minimum",
+        "labkit.exercises.lab_deployment._evidence": "the frame of the known mistakes; which mean and which minimum are arguments",
+    },
     "lora-layer": {"labkit.exercises.lora_parameter_counting._Layer": "the frame of the known mistakes, which merges before it multiplies"},
     "lora-merge": {"labkit.peft_lora.merged_by_peft": "peft's own merge"},
     "lora-rank-needed": {"labkit.experiments.lora.rank_for": "numpy's singular values, by what is lost instead of what is kept"},

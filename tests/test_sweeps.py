@@ -488,6 +488,7 @@ AGAIN = {
     "instruction_tuning": {"part": "numbers", "said": "number", "seed": 0},
     "adapters": {"method": "adapter", "placement": "layer", "bottleneck": 16, "init_std": 0.0, "learning_rate": 0.01, "use": "test", "seed": 0},
     "lab_task_specific_vla": {"part": "variants", "task": "forward", "variant": "lora", "seed": 0},
+    "lab_deployment": {"part": "caching", "of": "pictures", "scenes": "3 cm", "threshold": 40, "seed": 0},
     "lora": {"part": "rank", "rank": 16, "learning_rate": 1e-3, "task": "forward", "seed": 0},
     "qlora": {"part": "learning", "task": "forward", "targets": "attention", "base": "nf4", "seed": 0},
     "adapters_at_deployment": {"part": "validation", "suite": "ahead", "rank": 16, "targets": "attention", "steps": 50, "learning_rate": 5e-3,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionModel
 
-from labkit.clip_pretraining import Recipe, build_model, build_processor
+from labkit.clip_pretraining import build_processor
 from labkit.errors import UserError
 from labkit.rollouts import rollout
 from labkit.tabletop import Tabletop
@@ -25,15 +25,6 @@ from labkit.task_specific_vla import (
     set_trainable,
     with_two_frames,
 )
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    """Tiny towers with random weights, saved as CLIP is saved."""
-    folder = tmp_path_factory.mktemp("towers") / "random-clip"
-    build_model(Recipe(width=32, vision_layers=3, seed=3)).save_pretrained(folder)
-    build_processor().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(params=[("pooled", 1), ("pooled", 2), ("spatial", 1), ("spatial", 2)], ids=lambda p: f"{p[0]}-{p[1]}")

@@ -2,7 +2,8 @@
 
 import json
 
-HELP = "measure speed on this machine, as ratios: camera, fine_tune, evaluation, matrix_peak, reading; or --gpu: fine-tuning of a 7B model"
+HELP = ("measure speed on this machine, as ratios: camera, fine_tune, evaluation, matrix_peak, reading, serving, serving_generic; "
+        "or --gpu: fine-tuning of a 7B model")
 
 
 def add_arguments(parser):
@@ -30,7 +31,7 @@ def main(args):
         if args.json:
             print(json.dumps({"name": m.name, "ours": m.ours, "peer": m.peer, "unit": m.unit, "ratio": m.ratio, "note": m.note}), flush=True)
         else:
-            print(f"{m.name:<12} {m.ours:10.1f} {m.unit:<15} peer {m.peer:10.1f}   ratio {m.ratio:6.2f}   {m.note}", flush=True)
+            print(f"{m.name:<16} {m.ours:10.1f} {m.unit:<15} peer {m.peer:10.1f}   ratio {m.ratio:6.2f}   {m.note}", flush=True)
     return 0
 
 

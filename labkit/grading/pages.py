@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterable
-from functools import cache
 
-from markupsafe import Markup
-
+from labkit import html_page
 from labkit.exercises.judging import printable
 from labkit.grading.results import Graded, file_name
 
@@ -19,16 +15,11 @@ LONGEST_NAME, LONGEST_TEXT = 60, 30_000  # a spreadsheet's cell holds 32,767 cha
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 
 STYLE = """
-:root { color-scheme: light; }
-body { font: 1rem/1.5 system-ui, sans-serif; color: #111; background: #fff; margin: 0; }
-main { max-width: 60rem; margin: 0 auto; padding: 1.5rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; }
 h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #767676; }
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
-table { border-collapse: collapse; width: 100%; }
+table { width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #bbb; }
 caption { text-align: left; }
-.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .narrow { width: auto; min-width: 24rem; }
 .name { white-space: nowrap; overflow-wrap: normal; }
 .fixed { table-layout: fixed; }
@@ -40,7 +31,6 @@ caption { text-align: left; }
 .note { border-left: 4px solid #111; padding: .2rem 0 .2rem .8rem; }
 .words { white-space: pre-wrap; border: 1px solid #bbb; padding: .5rem .8rem; margin: .3rem 0; }
 article { margin: 0 0 1.5rem; }
-figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; }
 @media screen and (max-width: 40rem) {
 .fixed thead { display: none; }
@@ -50,28 +40,11 @@ img { max-width: 100%; height: auto; }
 }
 @media print { main { max-width: none; padding: 0; } tr, article, figure { break-inside: avoid; } h2, h3 { break-after: avoid; } }
 """
-_FRAME = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
-<meta name="referrer" content="no-referrer">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ heading }}</title>
-<style>{{ style }}</style>
-</head>
-<body>
-<main>
-{% block main %}{% endblock %}
-</main>
-</body>
-</html>
-"""
 
 
 def clean(text: str, longest: int = LONGEST_TEXT) -> str:
     """A text that may have come from a student, without control characters and marks that turn the direction of writing; lines stay lines."""
-    kept = "".join(c if c.isprintable() or c == "\n" else " " for c in text[:longest].replace("\r\n", "\n").replace("\t", "    "))
+    kept = html_page.clean(text[:longest])
     return kept if len(text) <= longest else f"{kept} ... (and {len(text) - longest:,} characters more)"
 
 
@@ -118,17 +91,6 @@ def csv_text(rows: Iterable[Iterable]) -> str:
     return text.getvalue()
 
 
-@cache
 def template(source: str):
-    """A page's template, compiled once. It extends "frame" and fills the block "main"; whatever is put in is cleaned and escaped."""
-    from jinja2 import DictLoader, Environment, StrictUndefined
-
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, loader=DictLoader({"frame": _FRAME}),
-        finalize=lambda value: clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
-    )  # fmt: skip
-    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
-    environment.globals |= {"style": Markup(STYLE), "policy": Markup(policy)}
-    environment.filters |= {"points": points, "percent": percent}
-    return environment.from_string('{% extends "frame" %}{% block main %}' + source + "{% endblock %}")
+    """A page's template, compiled once; whatever is put in is cleaned and escaped."""
+    return html_page.template(source, STYLE, clean, (points, percent))
