@@ -120,8 +120,6 @@ def adapter_parameters_of(model):
     return {name: p for name, p in model.named_parameters() if ".adapters." in name}
 
 
-# --- what an adapter computes ----------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
 @pytest.mark.parametrize("activation, by_hand", [
     ("gelu", lambda z: z * 0.5 * (1 + math.erf(z / math.sqrt(2)))), ("relu", lambda z: max(z, 0.0)),
@@ -170,8 +168,6 @@ def test_adapters_act_after_the_layer_or_before_each_residual_addition(placement
         found = model(ids).logits
     assert torch.allclose(found, expected, atol=1e-4) and not torch.allclose(found, plain, atol=0.1)
 
-
-# --- the start -------------------------------------------------------------------------------------------------------------
 
 @every_model
 @every_placement
@@ -231,8 +227,6 @@ def test_an_adapter_whose_matrices_are_both_zero_learns_nothing_but_its_bias():
         adapter(h).square().sum().backward()
         assert {name for name, p in adapter.named_parameters() if p.grad.abs().max() > 0} == learns
 
-
-# --- what is added, what learns, how many ----------------------------------------------------------------------------------
 
 @every_model
 @every_placement
@@ -296,8 +290,6 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert found[0] and all(torch.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0])
 
 
-# --- fine-tuning -----------------------------------------------------------------------------------------------------------
-
 @every_placement
 def test_fine_tuning_trains_the_adapters_alone_and_lowers_the_loss(tiny_policy, samples, placement):
     before = snapshot(tiny_policy.model)
@@ -325,8 +317,6 @@ def test_training_can_go_on_without_a_configuration(tiny_policy, samples):
     history = fine_tune(tiny_policy, samples, steps=2, progress=False)
     assert history.trainable == adapter_size(128, 4, 4) and list(adapters_of(tiny_policy.model)) == ["default"]
 
-
-# --- off, and away ---------------------------------------------------------------------------------------------------------
 
 @every_placement
 def test_switched_off_the_trained_policy_is_the_base_to_the_bit(tiny_policy, samples, observations, placement):
@@ -365,8 +355,6 @@ def test_removing_leaves_the_model_as_it_was_to_the_bit(model, placement):
     assert torch.equal(logits(model), said) and adapters_of(model) == {}
 
 
-# --- copies ----------------------------------------------------------------------------------------------------------------
-
 @every_placement
 def test_a_copy_is_independent_in_training_switching_and_removing(tiny_policy, samples, observations, placement):
     tiny_policy.decide(observations)  # transformers adds hooks of its own in the first call
@@ -385,8 +373,6 @@ def test_a_copy_is_independent_in_training_switching_and_removing(tiny_policy, s
     assert_restored(tiny_policy.model, before)
     assert_restored(other.model, plain)
 
-
-# --- several, by name ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def two(tiny_policy, observations):
@@ -437,8 +423,6 @@ def test_several_are_saved_to_a_folder_each(two, tiny_folder, tmp_path):
         assert np.array_equal(again.decide(two.observations).probabilities, two.said[name])
     assert adapters_of(again.model) == adapters_of(two.model)
 
-
-# --- acting ----------------------------------------------------------------------------------------------------------------
 
 @every_placement
 def test_decoding_with_the_cache_equals_decoding_without(tiny_policy, observations, placement):
@@ -516,8 +500,6 @@ def test_a_module_that_cannot_be_built_leaves_the_model_as_it_was():
     assert_restored(model, before)
 
 
-# --- files -----------------------------------------------------------------------------------------------------------------
-
 @every_model
 @every_placement
 def test_saving_and_loading_brings_back_every_bit(model, family, placement, tmp_path):
@@ -565,8 +547,6 @@ def test_peft_s_own_adapters_are_still_peft_s(tiny_policy, tiny_folder, samples,
     with pytest.raises(UserError, match="type LORA"):
         load_adapter(load_policy(tiny_folder, device="cpu").model, tmp_path)
 
-
-# --- errors ----------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def folder(tmp_path):
@@ -697,8 +677,6 @@ def test_saving_several_without_saying_which_is_refused(tmp_path):
     save_adapters(model, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
-
-# --- the experiment of lesson 3 --------------------------------------------------------------------------------------------
 
 @pytest.mark.skipif(not (STORED / "adapters.json").exists(), reason="the sweep was not run")
 def test_the_learning_rates_of_the_sweep_are_the_best_of_its_validation_points():

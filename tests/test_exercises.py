@@ -247,8 +247,6 @@ def drawn_with_expected(asked, secret=PUBLIC, hidden=False):
     return [(case, asked.expected(case)) for case in asked.drawn(secret, hidden)]
 
 
-# --- right answers -----------------------------------------------------------------------------------------------------------
-
 @every_exercise
 @pytest.mark.parametrize("solution", [notebook_solution, second_solution], ids=["notebook", "second"])
 def test_right_answers_earn_all_points_on_public_cases_and_on_those_of_any_secret(asked, solution):
@@ -268,8 +266,6 @@ def test_the_order_of_the_lesson_is_that_of_the_notebook(asked):
     path, cells = lesson_of(asked)
     assert [e.id for e in exercises_of(path.stem)] == list(cells.exercises)
 
-
-# --- known mistakes ----------------------------------------------------------------------------------------------------------
 
 @every_mistake
 def test_each_known_mistake_is_named_by_its_own_sentence(asked, sentence):
@@ -303,8 +299,6 @@ def test_sentences_fit_every_case_differ_and_end_with_a_full_stop(asked):
         assert re.fullmatch(r"[^{}\n]+[^.{}]", says), "it stands in the middle of a sentence"
 
 
-# --- nothing done yet --------------------------------------------------------------------------------------------------------
-
 @every_exercise
 def test_the_stub_of_the_student_s_copy_is_not_attempted(asked, capsys):
     assert check(stub(asked), asked.id) == 0
@@ -319,8 +313,6 @@ def test_half_an_answer_is_not_attempted(asked):
         found = verdict_on(asked, [*right[:place], Raised("NotImplementedError"), *right[place + 1 :]])
         assert (found.status, found.earned, found.passed) == (NOT_ATTEMPTED, 0, len(right) - 1)
 
-
-# --- mistakes that nobody listed ---------------------------------------------------------------------------------------------
 
 @cache
 def fates(id):
@@ -400,8 +392,6 @@ def test_a_mutant_that_never_ends_is_stopped():
         namespace["f"]()
 
 
-# --- what a verdict must not tell --------------------------------------------------------------------------------------------
-
 def numbers_in(value):
     """Every number in nested lists, dicts and tensors."""
     if isinstance(value, dict):
@@ -477,8 +467,6 @@ def test_no_sentence_of_a_known_mistake_tells_a_hidden_answer(asked, sentence):
 def test_a_told_number_would_be_found(sentence, found):
     assert told(sentence, [np.exp(-1), 417, 1.234], [2, 1.234]) == found
 
-
-# --- what is said of any other answer ----------------------------------------------------------------------------------------
 
 class Doubled(Exercise):
     """Twice the input."""
@@ -608,8 +596,6 @@ def test_a_verdict_is_one_printable_line(entry):
     assert str(verdict(Doubled(), entry)).isprintable()
 
 
-# --- check -------------------------------------------------------------------------------------------------------------------
-
 @pytest.fixture
 def no_traces(monkeypatch):
     """What a test registers is forgotten after it."""
@@ -711,8 +697,6 @@ def test_check_leaves_the_random_numbers_of_other_devices_alone(doubled_is_asked
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     assert check(doubled) == 2 and seeded == []
 
-
-# --- classes -----------------------------------------------------------------------------------------------------------------
 
 class Adapter(torch.nn.Module):
     def __init__(self, inputs, outputs, rank):
@@ -866,8 +850,6 @@ def test_a_class_without_forward_is_told_that_it_is_missing(adapted):
     found = verdict(adapted, Adapter)
     assert found.status == WRONG and "forward" in found.sentence
 
-
-# --- cases -------------------------------------------------------------------------------------------------------------------
 
 def content(value):
     """Everything in a case, tensors as their bytes, so that == compares bit for bit."""

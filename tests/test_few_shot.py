@@ -46,8 +46,6 @@ def assert_same_lessons(found, wanted):
     assert (found.images != wanted.images).any(-1).mean() < 0.01
 
 
-# --- recording and cleaning ------------------------------------------------------------------------------------------------
-
 def test_a_flawless_recording_gives_the_demonstrations_of_the_recorder(flawless, demonstrations):
     assert_same_lessons(cleaned(flawless), demonstrations)
     assert_same_lessons(preprocessing.as_recorded(flawless), demonstrations)
@@ -129,8 +127,6 @@ def test_a_session_in_which_everything_failed_is_refused(faulty):
         cleaned([one for one in faulty if not one.success])
 
 
-# --- clicks ----------------------------------------------------------------------------------------------------------------
-
 def centre(operator, name):
     env = operator._env
     return env.state.positions[index_of(env.episode.scene, name)][:2]
@@ -165,8 +161,6 @@ def test_the_widget_s_map_can_be_clicked_and_says_when_the_episode_is_over():
         buttons[0].click()
     assert len(operator.clicks) == 3 and operator.over and "not done" in told.value and all(b.disabled for b in buttons)
 
-
-# --- the experiment --------------------------------------------------------------------------------------------------------
 
 def test_fewer_demonstrations_of_a_seed_are_the_first_ones_of_more():
     few, more = few_shot.recorded("stack", 2, 5), few_shot.recorded("stack", 4, 5)

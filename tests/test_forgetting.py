@@ -54,8 +54,6 @@ def batch(policy, old):
     return tokenize(policy, old)
 
 
-# --- the Fisher ------------------------------------------------------------------------------------------------------------
-
 
 def by_torch_func(model, batch):
     """Gradients of log p of the four action tokens, by functional_call and torch.func.grad on the whole logits, one sample at a time."""
@@ -142,8 +140,6 @@ def test_with_labels_from_the_model_the_fisher_is_the_curvature_of_the_kl_diverg
     assert torch.allclose(hessian.reshape(12, 12).diagonal().reshape(4, 3), expected, atol=1e-6)
 
 
-# --- penalties -------------------------------------------------------------------------------------------------------------
-
 
 def test_penalties_and_their_gradients_by_arithmetic():
     model = torch.nn.Linear(2, 1)
@@ -200,8 +196,6 @@ def test_action_logits_are_those_that_the_loss_is_made_of(policy, batch):
     assert float(found) == pytest.approx(float(batch_loss(policy.model, batch).detach()), rel=1e-5)
 
 
-# --- mixing ----------------------------------------------------------------------------------------------------------------
-
 
 def test_the_mixed_loss_by_hand():
     losses, replayed = torch.tensor([1.0, 2.0, 6.0, 10.0]), torch.tensor([False, False, False, True])
@@ -253,8 +247,6 @@ def test_ewc_with_a_huge_strength_keeps_important_parameters_nearer_than_naive_f
     assert far["ewc"] < far["naive"]
 
 
-# --- how far it went -------------------------------------------------------------------------------------------------------
-
 
 def test_displacement_adds_up_to_all_parameters_and_merged_lora_moves_the_attention_only(policy, stack, old):
     start, fisher = start_of(policy.model), diagonal_fisher(policy, old, "data")
@@ -275,8 +267,6 @@ def test_every_parameter_belongs_to_a_named_module(policy):
     assert {module_of(name) for name, _ in policy.model.named_parameters()} <= {
         "vision tower", "projector", "embeddings", "output layer", "attention", "MLP", "norms"}
 
-
-# --- the experiment --------------------------------------------------------------------------------------------------------
 
 
 def test_the_budget_counts_the_fisher_pass_and_what_the_anchor_sees():

@@ -44,8 +44,6 @@ every_kind = pytest.mark.parametrize("kind", KINDS_OF_TRAINING)
 every_config = pytest.mark.parametrize("config", [SMALL, TIED], ids=["untied", "tied"])
 
 
-# --- the model ---------------------------------------------------------------------------------------------------------------
-
 
 @every_kind
 @every_config
@@ -99,8 +97,6 @@ def test_checkpointing_changes_no_gradient(kind):
     assert found[0].keys() == found[1].keys() and all(torch.allclose(found[1][name], g, atol=1e-6) for name, g in found[0].items())
 
 
-# --- bytes -------------------------------------------------------------------------------------------------------------------
-
 
 @every_kind
 @every_config
@@ -126,8 +122,6 @@ def test_the_largest_stored_model_has_7_billion_parameters_and_was_held_by_a_mac
     point = max(load_sweep("qlora_memory").points, key=lambda point: point["parameters"])
     assert point["parameters"] == 6_738_415_616 and point["method"] == "qlora" and sum(point["measured"].values()) < 24e9
 
-
-# --- the master copy -----------------------------------------------------------------------------------------------------------
 
 
 def steps_of(make, dtype, count=20):
@@ -155,8 +149,6 @@ def test_a_master_copy_keeps_the_steps_that_bfloat16_loses():
     master = optimiser.masters[0].detach()
     assert (master - exact).abs().mean() < 0.3 * (alone - exact).abs().mean() and torch.equal(copied, master.bfloat16().float())
 
-
-# --- measuring -----------------------------------------------------------------------------------------------------------------
 
 
 @every_kind
@@ -220,8 +212,6 @@ def test_every_setting_that_is_measured_on_a_gpu_can_run():
 def test_bytes_are_said_in_powers_of_ten(size, said):
     assert amount(size) == said
 
-
-# --- storing -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -39,8 +39,6 @@ def graded_cells(path):
     return [(mark.grade_id, mark.points, cell.cell_type == "markdown") for cell, mark in marks if mark.grade]
 
 
-# --- what is graded --------------------------------------------------------------------------------------------------------
-
 
 def test_the_default_is_every_lesson_with_exercises_and_never_late():
     assignment = default_assignment()
@@ -98,8 +96,6 @@ def test_a_release_of_other_notebooks_is_another_one():
     assert len({Assignment("a", "", notebooks).release for notebooks in ((LORA,), (QLORA,), (LORA, QLORA))}) == 3
 
 
-# --- late ------------------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(
     "after, minutes, penalty",
@@ -135,8 +131,6 @@ def test_without_a_deadline_or_a_time_nothing_is_late():
     with pytest.raises(ValueError, match="no offset"):
         late(assignment, datetime(2026, 3, 28))
 
-
-# --- the file --------------------------------------------------------------------------------------------------------------
 
 
 def test_the_example_has_every_key_and_holds():
@@ -208,8 +202,6 @@ def test_a_file_that_is_not_there_and_a_folder_are_said(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         read_assignment(tmp_path)
 
-
-# --- the roster ------------------------------------------------------------------------------------------------------------
 
 CLASS = (Student("s1", "Doe, Jane", "jane@uni.example"), Student("s2", "Łukasz Ó Briain", ""))
 

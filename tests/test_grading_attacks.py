@@ -69,8 +69,6 @@ NAIVE_SECONDS, NAIVE_PATIENCE = 2.0, 30.0
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 
 
-# --- what both graders are asked ---------------------------------------------------------------------------------------------
-
 
 @pytest.fixture(scope="module")
 def port():
@@ -129,8 +127,6 @@ def test_the_corpus_is_large_and_every_family_and_aim_is_in_it():
     assert all(len(family) >= 4 for family in FAMILIES.values())
     assert all(set(attack.cells) <= {exercise.id for exercise in EXERCISES} for attack in attacks)
 
-
-# --- a grader that judges where the student's code runs ----------------------------------------------------------------------
 
 
 class Naive:
@@ -222,8 +218,6 @@ def test_an_honest_submission_earns_all_points_there(naive, tmp_path):
     for name in ("mallory", "ann"):
         assert sum(json.loads((out / f"{name}.json").read_text())["points"].values()) == 15
 
-
-# --- ours --------------------------------------------------------------------------------------------------------------------
 
 
 @cache

@@ -202,8 +202,6 @@ def verb_in(folder, *arguments):
     return in_bundle(folder, "from labkit.__main__ import main; sys.exit(main())", *arguments)
 
 
-# --- what is in it -----------------------------------------------------------------------------------------------------------
-
 def test_a_bundle_holds_what_the_course_needs_and_nothing_of_the_instructors(files):
     needed = {"README.md", "LICENSE", "requirements.txt", "environment.yml", "pyproject.toml", ABOUT, "labkit/__main__.py", "data/claims.json",
               "labkit/jupyter/jupyter_server_config.json", "data/tiny_vla/model.safetensors", "data/sweeps/lora.json",
@@ -297,8 +295,6 @@ def test_the_same_repository_gives_the_same_bundle_and_the_same_zip_file(files, 
     with zipfile.ZipFile(io.BytesIO(packed)) as archive:
         assert {name: archive.read(f"course/{name}") for name in few} == few and archive.testzip() is None
 
-
-# --- what is not in it -------------------------------------------------------------------------------------------------------
 
 def test_no_line_of_a_solution_stands_in_any_file(files):
     found = dict(texts(files))
@@ -399,8 +395,6 @@ def test_a_mark_without_its_other_end_is_named_and_nothing_is_released(text, ass
         bundle(assignment)
 
 
-# --- it works alone ----------------------------------------------------------------------------------------------------------
-
 CHECKED = """
 import json
 from pathlib import Path
@@ -474,8 +468,6 @@ def test_the_real_nbgrader_collects_released_lessons_from_a_zip_file(placed, tmp
         assert exercise_ids_of(collected) == [id for id in EXERCISES if id.startswith("lora-")]
         assert student in [line for cell in collected["cells"] for line in "".join(cell["source"]).splitlines()]
 
-
-# --- writing -----------------------------------------------------------------------------------------------------------------
 
 FEW = {"labkit/__init__.py": b"first", "notebooks/a.ipynb": b"{}", ABOUT: b'{"release": "0123456789ab"}'}
 OTHERS = {"labkit/__init__.py": b"second", ABOUT: b'{"release": "ba9876543210"}'}
@@ -554,8 +546,6 @@ def test_the_command_writes_a_bundle_and_says_what_is_in_it(tmp_path, capsys, mo
     assert re.search(rf"^all +{len(assignment.exercises)} +{len(assignment.questions)} +{total:g}$", said, re.MULTILINE)
     assert [re.search(rf"^{stem} ", said, re.MULTILINE) is not None for stem in STEMS] == [True] * len(STEMS)
 
-
-# --- which release a notebook comes from -------------------------------------------------------------------------------------
 
 def test_a_notebook_of_another_release_is_recognised(assignment):
     ours = {"metadata": {"labkit": {"release": assignment.release, "assignment": assignment.name}}}

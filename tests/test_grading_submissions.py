@@ -108,8 +108,6 @@ def given(request, tmp_path):
     return write
 
 
-# --- whose it is, and when it came -----------------------------------------------------------------------------------------
-
 
 def test_a_folder_for_each_student(given):
     students = found(given({"ann/a.ipynb": lora("ann"), "ben/deep/er/b.ipynb": qlora("ben"), "cleo": None, "notes.txt": b"mine"}))
@@ -333,8 +331,6 @@ def test_nothing_handed_in_and_nothing_there_are_errors(tmp_path):
         find_submissions(tmp_path / "nobody", ASSIGNMENT)
 
 
-# --- which notebook counts -------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("name", ["04_lora (1).ipynb", "LoRA final.ipynb", "05_qlora.ipynb", "x.IPYNB", "a.ipynb.txt", "ø\u200b.ipynb", "-.ipynb"])
 @pytest.mark.parametrize("change", [
@@ -434,8 +430,6 @@ def test_adapters_come_newest_first_and_pickles_are_refused_in_words(given):
         submission.adapters[0].read(limit=0)
     assert set(found(given({"adapter_model.safetensors": b"n"}, "dora"))) == {"dora"}
 
-
-# --- what is no notebook ---------------------------------------------------------------------------------------------------
 
 MALFORMED = {
     "empty": (b"", "empty"),
@@ -545,8 +539,6 @@ def test_names_made_of_control_characters_do_not_reach_a_sentence(tmp_path):
     submission = found(folder_of(tmp_path, {f"ann/{name}.ipynb": b"junk"}))["ann"]
     assert all(problem.isprintable() and len(problem) < 400 for problem in submission.problems)
 
-
-# --- hostile zips ----------------------------------------------------------------------------------------------------------
 
 
 def entry(name, kind=stat.S_IFREG | 0o644, **fields):
@@ -738,8 +730,6 @@ def test_random_bytes_in_a_zip_never_stop_the_others(tmp_path):
     assert len(students) == len(variants)
     assert all(submission.notebooks.keys() == {LORA, QLORA} or submission.problems for submission in students.values())
 
-
-# --- written answers -------------------------------------------------------------------------------------------------------
 
 
 def answered(*sources, id="lora-question", kind="markdown"):

@@ -241,8 +241,6 @@ def test_saving_and_loading_the_processor_changes_nothing(reloaded, tokenizer, t
     assert (a["input_ids"] == reloaded.tokenizer.convert_tokens_to_ids("<image>")).sum() == 36
 
 
-# --- actions ---------------------------------------------------------------------------------------------------------------
-
 def test_an_action_survives_its_tokens_within_half_a_bin():
     actions = np.random.default_rng(0).uniform(LOW, HIGH, (5000, 4))
     error = np.abs(bins_to_action(action_to_bins(actions)) - actions)

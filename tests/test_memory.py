@@ -45,8 +45,6 @@ def openvla():
     return meta_model("openvla-7b")
 
 
-# --- counts ----------------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("name", LLAMAS)
 def test_the_arithmetic_of_a_llama_agrees_with_transformers_own_modules(name):
     model = meta_model(name)
@@ -128,8 +126,6 @@ def test_count_tells_trained_from_frozen():
     assert count(model).share == 16 / 26
 
 
-# --- OpenVLA ---------------------------------------------------------------------------------------------------------------
-
 def test_openvlas_towers_have_the_parameters_of_transformers_own(openvla):
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, SiglipVisionConfig, SiglipVisionModel
 
@@ -176,8 +172,6 @@ def test_openvlas_lora_reaches_the_head_and_the_patch_embedding():
     assert hasattr(adapted.language_model.lm_head, "lora_A")
     assert isinstance(adapted.vision_backbone.featurizer.patch_embed.proj.lora_A["default"], nn.Conv2d)
 
-
-# --- bytes, calculated -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options, gigabytes", [
     (dict(model=7.0e9), 84), (dict(model=7.0e9, master_copy=True), 112), (dict(model=7.0e9, moments="bfloat16"), 56),
@@ -254,8 +248,6 @@ def test_checkpointing_and_smaller_batches_save_activations_and_nothing_else():
     assert much.total() > 3 * little.total()
     assert much.bytes()["activations"] == 8 * Training(**options, batch=1).bytes()["activations"]
 
-
-# --- bytes, measured -------------------------------------------------------------------------------------------------------
 
 def grouped_llama():
     """11.6M parameters, untied, with grouped key and value heads."""

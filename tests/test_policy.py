@@ -115,8 +115,6 @@ def test_an_adapter_is_saved_alone_and_attached_again(tiny_policy, tiny_folder, 
     assert not np.array_equal(again.decide(observations).bins, load_policy(tiny_folder, device="cpu").decide(observations).bins)
 
 
-# --- errors: one sentence each ---------------------------------------------------------------------------------------------
-
 def one_sentence(*arguments, **options):
     with pytest.raises(UserError) as caught:
         load_policy(*arguments, **options)
@@ -218,8 +216,6 @@ def test_an_unknown_quantization_is_named(tiny_folder):
     assert "int3" in one_sentence(tiny_folder, quantization="int3")
 
 
-# --- quantization ----------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("quantization", [q for q in QUANTIZATIONS if q])
 def test_a_quantized_policy_acts_and_is_smaller(tiny_folder, observations, quantization):
     plain, small = load_policy(tiny_folder, device="cpu"), load_policy(tiny_folder, quantization=quantization, device="cpu")
@@ -319,8 +315,6 @@ def test_a_quantized_policy_decides_what_its_dequantized_weights_decide(tiny_fol
     a, b = small.decide(observations), plain.decide(observations)
     assert np.array_equal(a.bins, b.bins) and np.allclose(a.probabilities, b.probabilities, atol=1e-5)
 
-
-# --- the shipped policy ----------------------------------------------------------------------------------------------------
 
 def test_the_shipped_policy_decodes_with_the_cache_as_without(shipped_policy, observations):
     assert np.array_equal(shipped_policy.decide(observations).bins, decode_without_cache(shipped_policy, observations)[0])

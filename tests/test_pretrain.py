@@ -53,8 +53,6 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# --- labels ----------------------------------------------------------------------------------------------------------------
-
 @pytest.fixture
 def labelled(monkeypatch):
     """label_scene, and the environment it photographed, to play the same scene for real."""
@@ -148,8 +146,6 @@ def test_scenes_are_made_once_and_are_the_same_again(cache, tmp_path, scenes):
     assert not np.array_equal(images, other)
 
 
-# --- batches ---------------------------------------------------------------------------------------------------------------
-
 def test_samples_are_drawn_with_the_shares_of_the_mix(scenes):
     sampler, catalogue = Sampler(*scenes, replace(RECIPE, images_per_batch=16)), command_catalogue()
     counts, batches = Counter(), 250
@@ -180,8 +176,6 @@ def test_a_batch_depends_on_the_seed_and_the_step_alone(scenes):
     assert len({one.batch(step)[1].tobytes() for step in range(8)}) == 8
     assert not np.array_equal(one.batch(5)[1], Sampler(*scenes, replace(RECIPE, seed=2)).batch(5)[1])
 
-
-# --- targets, schedule, forward pass ---------------------------------------------------------------------------------------
 
 def test_ordinal_targets_are_a_gaussian_around_the_true_bin():
     bins = torch.tensor([[0, 1, 128, 255]])
@@ -228,8 +222,6 @@ def test_the_pretraining_loss_with_narrow_targets_is_the_fine_tuning_loss(model,
     ordinal = -(ordinal_targets(bins, 0.05) * log_softmax(logits, -1)).sum(-1).mean()
     assert torch.isclose(ordinal, torch.nn.functional.cross_entropy(logits.flatten(0, 1), bins.flatten()))
 
-
-# --- the run ---------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def uninterrupted(cache, tmp_path_factory):

@@ -55,8 +55,6 @@ def results(successes, seeds=None, task="pick"):
     return Rollouts(task, successes, np.arange(count) if seeds is None else seeds, np.ones(count, int), np.zeros(count), np.zeros(1), 0.0)
 
 
-# --- intervals and comparisons ---------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("successes, episodes", [(0, 1), (1, 1), (0, 40), (40, 40), (3, 7), (93, 100), (150, 200), (1, 1000)])
 def test_the_interval_is_scipy_s_wilson_interval(successes, episodes):
     expected = binomtest(successes, episodes).proportion_ci(0.95, method="wilson")
@@ -126,8 +124,6 @@ def test_only_the_same_episodes_can_be_compared():
     with pytest.raises(ValueError, match="same episodes"):
         compare(results([True, False]), results([True, False], task="put"))
 
-
-# --- rollouts --------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("task", TASKS)
 def test_an_oracle_solves_nearly_everything(task, open_eyes):
@@ -258,8 +254,6 @@ def test_results_say_their_number_of_episodes_and_their_interval():
     text = str(paired(45, 5, 0, 50))
     assert "+5 points" in text and "100 shared episodes" in text
 
-
-# --- the shipped policy ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("task, least", [("pick", 0.75), ("put", 0.75), ("move", 0.75), ("beside", 0.6)])
 def test_the_shipped_policy_does_what_it_was_pretrained_for(shipped_policy, task, least):

@@ -60,8 +60,6 @@ def said_by_one(policy, folder, observations):
     return with_adapters(policy, {"only": folder}).decide(observations)
 
 
-# --- several adapters ----------------------------------------------------------------------------------------------------------------
-
 def test_a_mixed_batch_says_what_each_adapter_says_alone(tiny_policy, shared, folders, observations):
     names = ["a", "b", OFF, "c", "b", "a"]
     together = shared.decide(observations, adapter_names=names)
@@ -109,8 +107,6 @@ def test_peft_s_layer_is_the_sum_written_out(seed):
         torch.testing.assert_close(y, weight @ row + update, rtol=1e-4, atol=1e-4)
 
 
-# --- the ensemble --------------------------------------------------------------------------------------------------------------------
-
 def test_an_ensemble_that_gives_one_member_everything_is_that_member(shared, observations):
     weights = np.eye(4)[[0, 1, 2, 3, 1, 2]]
     ensemble = EnsemblePolicy(shared, (*NAMES, OFF), lambda said: weights)
@@ -137,8 +133,6 @@ def test_averaged_logits_are_a_normalised_product_and_any_constant_is_the_same()
     torch.testing.assert_close(averaged_log_probabilities(logits, weights).exp(), expected)
     torch.testing.assert_close(averaged_log_probabilities(logits + 5, weights).exp(), expected)
 
-
-# --- features ------------------------------------------------------------------------------------------------------------------------
 
 def test_features_do_not_depend_on_the_active_adapter_or_on_the_other_sentences(tiny_policy, shared):
     said = ["stack the red block on the blue block", "move it forward"]
@@ -184,8 +178,6 @@ def test_no_instruction_and_no_image_are_refused(tiny_policy):
     with pytest.raises(ValueError, match="no images"):
         picture_features(tiny_policy, [])
 
-
-# --- the router ----------------------------------------------------------------------------------------------------------------------
 
 def clouds(rng, width=5, sizes=(30, 20, 40)):
     routes = np.repeat(np.arange(len(sizes)), sizes)
@@ -235,8 +227,6 @@ def test_a_router_that_cannot_be_fitted_says_why(features, routes, fault):
     with pytest.raises(ValueError, match=fault):
         fit_router(features, routes)
 
-
-# --- abstention ----------------------------------------------------------------------------------------------------------------------
 
 def test_a_route_is_the_best_one_or_none_below_the_margin():
     scores = np.array([[3.0, 1.0, 2.5], [0.0, -1.0, 4.0], [1.0, 1.0, 0.0]])

@@ -29,8 +29,6 @@ def inputs_of(batch):
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-# --- the loss --------------------------------------------------------------------------------------------------------------
-
 def test_the_loss_is_transformers_own(tiny_policy, batch):
     model = tiny_policy.model.eval()
     with torch.no_grad():
@@ -128,8 +126,6 @@ def test_a_row_that_supervises_nothing_is_refused(batch):
     with pytest.raises(ValueError, match="teaches nothing"):
         action_token_loss(torch.zeros(*batch["labels"].shape, 700), batch["labels"])
 
-
-# --- fine-tuning -----------------------------------------------------------------------------------------------------------
 
 def test_the_same_seed_gives_the_same_weights_bit_for_bit(tiny_policy, samples):
     runs = []

@@ -38,8 +38,6 @@ CARRIED = [
 EVERY_DTYPE = [dtype for dtype in sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
                if not str(dtype).startswith(("torch.q", "torch.bits"))]
 
-# --- the wire --------------------------------------------------------------------------------------------------------------
-
 
 def bits(value):
     """A value as tuples of types and bytes: tells 1 from True and 1.0, -0.0 from 0.0, one nan from another, a tuple from a list."""
@@ -372,8 +370,6 @@ def test_a_pickle_is_never_executed(tmp_path):
     assert (tmp_path / "made").exists(), "the bomb is a real one"
 
 
-# --- the cells that count --------------------------------------------------------------------------------------------------
-
 
 def cell(source, exercise=None, tags=(), kind="code", **changes):
     nbgrader = {"nbgrader": {"grade_id": exercise, "solution": True}} if exercise else {}
@@ -513,8 +509,6 @@ def assert_one_sentence(error, path):
     assert str(path) in text and text.endswith(".") and "\n" not in text
 
 
-# --- running one cell ------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("source", [
     "x = 1", "text = '''\n%time\n!ls\nreally?\n'''", "x = 7 \\\n  % 4", "# why?\nx = 1  # is it?", "", "def f():\n    return 5\n",
@@ -550,8 +544,6 @@ def test_a_cell_is_compiled_as_a_notebook_compiles_it():
     """Without `from __future__ import annotations`: a name that an annotation misspells is an error in both."""
     assert run_cell("cell", "def f(x: torhc.Tensor): pass", {}).kind == "NameError"
 
-
-# --- the worker ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -704,8 +696,6 @@ def test_the_worker_s_program_loads_no_lesson(worker):
     assert sorted(loaded) == ["labkit.exercises.asking", "labkit.exercises.exercise", "labkit.exercises.judging"]
 
 
-# --- withheld modules ------------------------------------------------------------------------------------------------------
-
 WAYS_IN = [
     "import labkit.sft", "from labkit.sft import lora", "from labkit import action_token_loss", "import labkit; labkit.action_token_loss",
     "from labkit import sft", "import labkit; labkit.sft", "import importlib; importlib.import_module('labkit.sft')", "__import__('labkit.sft')",
@@ -797,8 +787,6 @@ def test_a_lesson_s_own_module_with_its_right_answers_is_out_of_reach():
         (found[place],) = examine(Cells("", {"sft-logit-gradient": source}, {}), [all_exercises()["sft-logit-gradient"]])
     assert [(v.status, "ImportError" in v.sentence) for v in found.values()] == [(WRONG, True)] * 2
 
-
-# --- accidents -------------------------------------------------------------------------------------------------------------
 
 WRITE_TO_PIPES = """
 import os, stat
@@ -954,8 +942,6 @@ def test_whatever_a_worker_may_send_is_judged(id):
         verdict = judge(all_exercises()[id], lambda case: value)  # noqa: B023
         assert verdict.status == WRONG and len(str(verdict)) < 1000, value
 
-
-# --- the receipt -----------------------------------------------------------------------------------------------------------
 
 RIGHT_GRADIENT = """def logit_gradient(logits, labels):
     logits = logits.clone().requires_grad_()

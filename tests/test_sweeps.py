@@ -35,8 +35,6 @@ from labkit.sweeps import AcrossSeeds, Sweep, load_sweep, mean_interval, run_swe
 
 STORED = sorted(path.stem for path in sweeps.STORED.glob("*.json"))
 
-# --- running and going on --------------------------------------------------------------------------------------------------
-
 # In the folder of the file: `runs` has a line for every point that was run, `deadly` one for what is to die at which point, once.
 SQUARES = '''
 import json
@@ -265,8 +263,6 @@ def test_points_are_stored_in_the_order_of_the_grid_however_they_finish(squares,
     assert [p.name for p in path.parent.iterdir()] == ["squares.json"]
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("values", [[0.5, 0.7, 0.9], [0.4, 0.41], np.linspace(0.3, 0.6, 20), [0.5] * 4])
 def test_the_interval_over_seeds_is_scipy_s_t_interval(values):
@@ -331,8 +327,6 @@ def test_a_sweep_that_was_never_run_is_one_sentence_that_names_the_command(tmp_p
         run_sweep("nonsense")
 
 
-# --- the command -----------------------------------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def in_this_environment(monkeypatch):
@@ -363,8 +357,6 @@ def test_the_command_says_what_is_wrong_in_one_line(arguments, said, capsys, in_
     assert re.fullmatch(rf"labkit: .*{said}.*\n", capsys.readouterr().err)
 
 
-# --- what is stored --------------------------------------------------------------------------------------------------------
-
 
 def test_every_experiment_is_stored():
     assert sweeps.names() == STORED
@@ -388,8 +380,6 @@ def test_a_stored_sweep_is_plain_json_and_small(name):
     assert path.stat().st_size < 500_000
 
 
-# --- what experiments share ------------------------------------------------------------------------------------------------
-
 
 def test_a_module_that_experiments_share_is_no_experiment():
     with pytest.raises(UserError, match="there is no sweep 'measuring'"):
@@ -407,8 +397,6 @@ def test_successes_are_those_of_the_rollouts(shipped_policy):
     each = [rollouts.rollout(shipped_policy, "put", 1, seed=d.seed, progress=False).success[0] for d in replayed]
     assert measuring.counted_on_layouts_of(shipped_policy, replayed) == sum(each)
 
-
-# --- the experiment of lesson 1 --------------------------------------------------------------------------------------------
 
 
 def test_the_stored_counts_of_lesson_1_are_counts():

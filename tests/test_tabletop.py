@@ -231,8 +231,6 @@ def test_the_end_effector_pose_agrees_with_the_joints():
     assert np.abs(env.arm.end_effector - env.arm.joints).max() < 1e-3
 
 
-# --- camera: a pinhole written from its definition -------------------------------------------------------------------------
-
 FIELD, SIZE = 43.0, 48
 EYE, TARGET = np.array([0.0, -0.40, 0.50]), np.array([0.0, 0.02, 0.0])
 
@@ -387,8 +385,6 @@ def test_a_ball_covers_as_many_pixels_as_its_size_and_distance_say():
         assert np.isclose(painted(image, "red").sum(), np.pi * (0.032 * focal / depth) ** 2, rtol=0.15)
 
 
-# --- tasks: states placed by hand ------------------------------------------------------------------------------------------
-
 START = np.array([[-0.10, 0.0, 0.03], [0.0, -0.08, 0.032], [0.12, 0.02, 0.04]])
 
 
@@ -520,8 +516,6 @@ def test_decisions_run_out():
     assert env.step(nowhere)[2:4] == (False, True)
 
 
-# --- scenes ----------------------------------------------------------------------------------------------------------------
-
 def test_a_fifth_of_the_combinations_is_held_out_and_every_object_and_bin_is_still_trained():
     every = [Command("put", (c, s), b) for c in COLOURS for s in SHAPES for b in COLOURS]
     held_out = [c for c in every if is_held_out(c)]
@@ -597,8 +591,6 @@ def test_fixed_places_are_kept_and_shifted_by_no_more_than_asked():
         Variation(places=places[:2])
 
 
-# --- belt and time ---------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("speed", [0.02, 0.05, -0.03])
 def test_the_belt_carries_what_stands_on_it_at_its_speed_and_nothing_else(speed):
     scene = Scene((Thing("red", "block", -0.05, 0.0), Thing("blue", "ball", 0.0, -0.10), Thing("green", "cup", 0.10, -0.20)), BINS)
@@ -635,8 +627,6 @@ def test_a_late_decision_misses_on_a_moving_belt():
         outcomes.append(env.step(waypoint)[4]["success"])
     assert outcomes == [True, False]
 
-
-# --- operators -------------------------------------------------------------------------------------------------------------
 
 def test_operators_differ_from_each_other_in_grasping_and_in_placing():
     env = Tabletop("put")

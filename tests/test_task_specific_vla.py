@@ -45,8 +45,6 @@ def numbers_of(policy, observations):
         return policy.model.eval()(policy.pixels(images), **words)
 
 
-# --- the published faults ---------------------------------------------------------------------------------------------------
-
 def test_widths_come_from_the_configurations_of_vit_b_32():
     config = CLIPConfig()
     config.vision_config.num_hidden_layers = config.text_config.num_hidden_layers = 1
@@ -104,8 +102,6 @@ def test_groups_hold_every_trained_parameter_once_at_its_own_rate(spatial):
         assert rates == ({"head": 1e-3} if variant == "frozen" else {"head": 1e-3, "towers": 1e-5})
 
 
-# --- actions ----------------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("normaliser", [ActionNormaliser(), ActionNormaliser.tabletop()])
 def test_normaliser_puts_the_experts_waypoints_between_minus_one_and_one(normaliser):
     for seed in range(20):
@@ -161,8 +157,6 @@ def test_other_widths_of_action_are_possible(clip_folder):
     policy = policy_from_clip(clip_folder, normaliser=ActionNormaliser(np.zeros(3), np.ones(3)))
     assert policy.predict(["go"], np.zeros((1, 1, 48, 48, 3), np.uint8), [False]).shape == (1, 3)
 
-
-# --- what it reads ----------------------------------------------------------------------------------------------------------
 
 def test_every_input_matters(policy, observations):
     first = observations[0]
@@ -246,8 +240,6 @@ def test_unknown_options_are_refused(clip_folder, options, said):
         policy_from_clip(clip_folder, **options)
 
 
-# --- adapting ---------------------------------------------------------------------------------------------------------------
-
 def test_lora_begins_as_the_model_it_adapts_and_merges_into_it(spatial, observations):
     before = numbers_of(spatial, observations)
     set_trainable(spatial.model, "lora")
@@ -288,8 +280,6 @@ def test_a_second_frame_changes_nothing_until_it_is_trained(clip_folder, observa
         with pytest.raises(ValueError, match="two frames already"):
             with_two_frames(two)
 
-
-# --- folders ----------------------------------------------------------------------------------------------------------------
 
 def test_a_saved_policy_says_the_same_and_holds_no_pickle(policy, observations, tmp_path):
     policy.model.normaliser = ActionNormaliser(np.full(7, -2.0), np.full(7, 3.0), periodic=4, period=1.0)
@@ -354,8 +344,6 @@ def test_the_same_seed_gives_the_same_head(clip_folder):
     a, b, c = (policy_from_clip(clip_folder, seed=seed).model.action_head[0].weight for seed in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
-
-# --- the robot --------------------------------------------------------------------------------------------------------------
 
 class Scripted(torch.nn.Module):
     """Answers with one fixed normalised waypoint, whatever it sees."""

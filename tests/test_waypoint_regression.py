@@ -60,8 +60,6 @@ def kill_after(epochs):
     return callback
 
 
-# --- samples ----------------------------------------------------------------------------------------------------------------
-
 def test_samples_are_the_decisions_with_their_names(demonstrations):
     found = waypoint_samples(demonstrations, frames=2)
     k = len(demonstrations[0])
@@ -78,8 +76,6 @@ def test_nothing_to_learn_from_is_refused():
     with pytest.raises(ValueError, match="no successful demonstration"):
         waypoint_samples([])
 
-
-# --- the loop against torch by hand -----------------------------------------------------------------------------------------
 
 def test_one_step_is_adamw_on_the_mean_squared_error(policy, train, validation):
     for module in policy.model.modules():
@@ -172,8 +168,6 @@ def test_the_normaliser_is_no_parameter_and_never_moves(policy, train, validatio
     assert torch.equal(policy.model.normaliser.low, ActionNormaliser().low)
 
 
-# --- best checkpoint, early stopping ----------------------------------------------------------------------------------------
-
 def test_the_weights_of_the_lowest_validation_loss_come_back(policy, train, validation, tmp_path):
     seen = []
 
@@ -194,8 +188,6 @@ def test_patience_ends_a_run_that_gets_no_better(policy, train, validation):
     curves = fit(policy, train, validation, **{**SETTINGS, "epochs": 200}, patience=3)
     assert curves.stopped_early and len(curves.train) == curves.best_epoch + 1 + 3 < 200
 
-
-# --- resumption -------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("variant", ["full", "lora"])
 def test_a_killed_run_ends_as_one_that_was_not(policy, train, validation, tmp_path, variant):
@@ -273,8 +265,6 @@ def test_seeds_decide(policy, train, validation):
     assert same(weights(a), weights(b)) and not same(weights(a), weights(c))
 
 
-# --- numbers that are none --------------------------------------------------------------------------------------------------
-
 def test_nan_in_the_first_epoch_names_step_and_samples(policy, train, validation, tmp_path):
     train.actions[6, 2] = np.nan
     with pytest.raises(UserError) as caught:
@@ -325,8 +315,6 @@ def test_no_validation_samples_are_refused(policy, train):
     with pytest.raises(ValueError, match="0 to validate on"):
         fit(policy, train, train.rows([]), **SETTINGS)
 
-
-# --- accuracy ---------------------------------------------------------------------------------------------------------------
 
 def test_accuracy_has_an_axis_and_a_unit(policy, train):
     found = action_accuracy(policy, train)
