@@ -141,6 +141,13 @@ def test_the_example_has_every_key_and_holds():
     assert [key for key in described if f"\n{key} = " not in text and f"\n[{key}]" not in text and f"\n# {key} = " not in text] == []
 
 
+@pytest.mark.parametrize("path", sorted(EXAMPLE.parent.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_assignments_we_ship_can_be_graded_and_no_lesson_is_in_two(path):
+    ours, others = read_assignment(path), [read_assignment(other) for other in EXAMPLE.parent.glob("*.toml") if other != path]
+    assert ours.notebooks and ours.deadline
+    assert [name for other in others for name in ours.notebooks if name in other.notebooks] == []
+
+
 def test_a_line_is_enough_and_a_prefix_names_a_lesson(written):
     assignment = read_assignment(written('notebooks = ["05", "04"]'))
     assert assignment.notebooks == (QLORA, LORA) and (assignment.name, assignment.title) == ("week-11", "week-11")
