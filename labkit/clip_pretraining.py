@@ -72,11 +72,10 @@ def photograph_scene(seed: int):
     Returns the picture (48, 48, 3) uint8 and what is in it, (6, 5) float32: three objects, then three bins, each as colour (index), shape
     (index, -1: a bin), x, y in metres and yaw in radians; x is NaN for the object on the pad.
     """
-    import mujoco
 
     from labkit.instructions import Command
     from labkit.tabletop.env import Tabletop
-    from labkit.tabletop.scene import HALF_HEIGHT, HOME, Variation, sample_scene
+    from labkit.tabletop.scene import Variation, sample_scene
 
     rng = np.random.default_rng([seed, 23])
     variation = Variation(
@@ -91,10 +90,9 @@ def photograph_scene(seed: int):
     if rng.random() >= HELD_SHARE:
         return observation["rgb"], facts
     held = int(rng.integers(len(scene.things)))
-    env.data.qpos[env._objects].reshape(-1, 7)[held, :3] = (HOME[0], HOME[1], HOME[2] - HALF_HEIGHT[scene.things[held].shape])
-    mujoco.mj_kinematics(env.model, env.data)
     facts[held, 2] = np.nan
-    return env.photograph(env.camera.shifted(variation.camera_shift))[0], facts
+    with env.held_up(held):
+        return env.photograph(env.camera.shifted(variation.camera_shift))[0], facts
 
 
 def photographed_scenes(recipe: Recipe, folder: Path):

@@ -30,15 +30,21 @@ def show(figure, alt: str, says: str = ""):
     alt: what kind of picture it is, for a student who cannot see it.   says: what it shows, in words and numbers; printed under the figure
     and added to the alternative text.
     """
-    import matplotlib.pyplot as plt
     from IPython.display import display
 
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", bbox_inches="tight")
-    plt.close(figure)
-    display(AltImage(picture.getvalue(), "png", " ".join(filter(None, [alt, says]))))
+    display(as_image(figure, " ".join(filter(None, [alt, says])), bbox_inches="tight"))
     if says:
         print(says)
+
+
+def as_image(figure, alt: str, **options) -> AltImage:
+    """A figure as a PNG with alternative text; the figure is closed.   options: of matplotlib's `savefig`."""
+    import matplotlib.pyplot as plt
+
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", **options)
+    plt.close(figure)
+    return AltImage(picture.getvalue(), "png", alt)
 
 
 def in_words(results: dict) -> str:

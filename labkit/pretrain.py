@@ -75,11 +75,10 @@ def label_scene(seed: int):
 
     Returns images (4, 48, 48, 3) uint8 and samples (n, 8) int32: image, phase, command, mask of unique colours, four bins.
     """
-    import mujoco
 
     from labkit.tabletop.env import Tabletop
     from labkit.tabletop.experts import next_waypoint
-    from labkit.tabletop.scene import HALF_HEIGHT, HOME, Variation, sample_scene
+    from labkit.tabletop.scene import Variation, sample_scene
     from labkit.tabletop.tasks import commands, index_of
 
     rng = np.random.default_rng([seed, 7])
@@ -101,17 +100,13 @@ def label_scene(seed: int):
     everything = [c for task in PRETRAINING_TASKS for c in commands(task, scene)]
     for command in everything:
         add(0, command, start)
-    poses = env.data.qpos[env._objects].reshape(-1, 7)
-    for index, thing in enumerate(scene.things):
-        on_table = poses[index].copy()
-        poses[index, :3] = (HOME[0], HOME[1], HOME[2] - HALF_HEIGHT[thing.shape])
-        mujoco.mj_kinematics(env.model, env.data)
-        images.append(env.photograph(env.camera.shifted(variation.camera_shift))[0])
-        held = replace(env.state, held=index)
+    for index in range(len(scene.things)):
+        with env.held_up(index):
+            images.append(env.photograph(env.camera.shifted(variation.camera_shift))[0])
+            held = replace(env.state, held=index)
         for command in everything:
             if command.task != "pick" and index_of(scene, command.object) == index:
                 add(1, command, held)
-        poses[index] = on_table
     return np.stack(images), np.array(samples, np.int32)
 
 

@@ -24,7 +24,7 @@ from labkit.serving.monitor import Monitor, Monitored
 from labkit.serving.quantisation import WAYS, answer_difference, disk_bytes, dynamic_int8, onnx_int8, static_int8, weight_bytes
 from labkit.tabletop import Tabletop, Variation
 from labkit.tabletop.experts import next_waypoint
-from labkit.tabletop.scene import BIN_PLACES, HALF_HEIGHT, HOME, Bin, Scene, Thing
+from labkit.tabletop.scene import BIN_PLACES, Bin, Scene, Thing
 from labkit.tabletop.tasks import commands, index_of
 from labkit.task_specific_vla import WaypointPolicy, load_waypoint_policy, policy_from_clip
 from labkit.waypoint_regression import WaypointSamples, fit, predict, waypoint_samples
@@ -310,21 +310,15 @@ def synthetic_moves(task: str, scenes: int, seed: int) -> WaypointSamples:
     Of each of `scenes` scenes, from the simulator's seeds `seed`, `seed` + 1, ...; the second picture has the object put under the gripper by
     hand, as the pretraining's scenes have (pretrain.py).   task: of one object that is grasped and then placed.
     """
-    import mujoco
-
     env, rows = Tabletop(task), []
     for one in range(seed, seed + scenes):
         observation, _ = env.reset(seed=one)
         scene, rng = env.episode.scene, np.random.default_rng([one, 23])
-        poses = env.data.qpos[env._objects].reshape(-1, 7)
         for command in commands(task, scene):
             said, index = say(command, rng, unique_colours=scene.unique_colours), index_of(scene, command.object)
             rows.append((f"synthetic-{one}-{index}/0", said, observation["rgb"], False, next_waypoint(command, scene, env.start, env.start)))
-            on_table = poses[index].copy()
-            poses[index, :3] = (HOME[0], HOME[1], HOME[2] - HALF_HEIGHT[scene.things[index].shape])
-            mujoco.mj_kinematics(env.model, env.data)
-            held = replace(env.state, held=index)
-            rows.append((f"synthetic-{one}-{index}/1", said, env.photograph(env.camera)[0], True, next_waypoint(command, scene, env.start, held)))
-            poses[index] = on_table
+            with env.held_up(index):
+                picture, held = env.photograph(env.camera)[0], replace(env.state, held=index)
+            rows.append((f"synthetic-{one}-{index}/1", said, picture, True, next_waypoint(command, scene, env.start, held)))
     ids, said, images, holding, waypoints = zip(*rows, strict=True)
     return WaypointSamples(list(ids), list(said), np.stack(images)[:, None], np.array(holding), np.stack(waypoints))

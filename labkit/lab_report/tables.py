@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,15 +154,13 @@ def _drawn(draw):
     """The figure that draw() makes with its legend above, as a PNG file; nothing of the look stays behind."""
     import matplotlib.pyplot as plt
 
-    from labkit.plots import style
+    from labkit.plots import as_image, style
 
     with plt.rc_context():
         style()
-        figure, file = draw(), io.BytesIO()
+        figure = draw()
         figure.legend(frameon=False, loc="outside upper left", ncols=3)
-        figure.savefig(file, format="png", bbox_inches="tight", dpi=100)
-        plt.close(figure)
-    return file.getvalue()
+        return as_image(figure, "", bbox_inches="tight", dpi=100).data
 
 
 def _draw_curves(curves):

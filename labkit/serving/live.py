@@ -5,13 +5,12 @@ What is watched and when it alarms is in monitor.py.
 
 from __future__ import annotations
 
-import io
 import time
 from textwrap import fill
 
 import numpy as np
 
-from labkit.plots import COLOURS, AltImage
+from labkit.plots import COLOURS, as_image
 from labkit.serving.monitor import Monitor
 
 
@@ -64,7 +63,4 @@ class LiveMonitor(Monitor):
         axes.set(xlabel="decision", ylabel="ms", ylim=(0, None), xlim=(0, max(10, len(history) + 1)))
         axes.set_title(fill(str(seen), 100), fontsize=10, loc="left")
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize=10)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png")
-        plt.close(figure)
-        return AltImage(picture.getvalue(), "png", f"Response times by decision. {seen}.")
+        return as_image(figure, f"Response times by decision. {seen}.")

@@ -11,8 +11,8 @@ import io
 import numpy as np
 
 from labkit.errors import UserError
-from labkit.tabletop.arm import CONTROL_SECONDS, HIGH, LOW
-from labkit.tabletop.scene import HOME, SAFE_HEIGHT
+from labkit.tabletop.arm import CONTROL_SECONDS, DWELL, HIGH, LOW, PRESS, path_length, risen, tool_axis
+from labkit.tabletop.scene import HOME
 
 JOINTS = ("x", "y", "z", "roll", "pitch", "yaw")
 VACUUM = "vacuum"
@@ -21,7 +21,6 @@ ENCODINGS = {"rgb8": (3, [0, 1, 2]), "bgr8": (3, [2, 1, 0]), "rgba8": (4, [0, 1,
 # ISO 10218-1 calls 250 mm/s the reduced speed of a robot that somebody stands beside.
 SPEED = 0.25
 _MOST_PIXELS = 50_000_000
-_ANGLE_ARM, _PRESS, _DWELL = 0.15, 0.010, 0.15
 
 
 def picture_of(message) -> np.ndarray:
@@ -97,22 +96,18 @@ def path_of(waypoint, joints, holding: int, speed: float = SPEED) -> list[tuple[
     Returns (position (7,), the six joints and the vacuum; seconds since the start, which grow from point to point).
     Raises ValueError for a waypoint that is not 7 finite numbers.
     """
-    from scipy.spatial.transform import Rotation
-
     waypoint = np.asarray(waypoint, np.float64)
     if waypoint.shape != (7,) or not np.isfinite(waypoint).all():
         raise ValueError(f"a waypoint is 7 finite numbers (x y z roll pitch yaw grip), got {waypoint!r}")
     target = np.clip(waypoint, LOW, HIGH)
     pose, grip, before = target[:6], float(target[6] > 0.5), float(holding)
-    up = np.append(Rotation.from_euler("ZYX", pose[5:2:-1]).as_matrix()[:, 2], np.zeros(3))
-    above = pose + up * max(SAFE_HEIGHT - pose[2], 0.0) / up[2]
+    above, switched = risen(pose), pose.copy()
     # A suction cup seals only when it is pushed on.
-    switched = pose - up * _PRESS * grip
+    switched[:3] -= tool_axis(pose) * PRESS * grip
     stops = [(above, before), (pose, before), (switched, grip), (above, grip), (np.array([*HOME, 0.0, 0.0, 0.0]), grip)]
     path, now, seconds = [], np.asarray(joints, np.float64), 0.0
     for stop, vacuum in stops:
-        length = max(np.linalg.norm(stop[:3] - now[:3]), _ANGLE_ARM * np.abs(stop[3:] - now[3:]).max())
-        seconds += max(length / speed, CONTROL_SECONDS) + _DWELL
+        seconds += max(path_length(now, stop) / speed, CONTROL_SECONDS) + DWELL * CONTROL_SECONDS
         path.append((np.append(stop, vacuum), seconds))
         now = stop
     return path

@@ -15,8 +15,8 @@ SPEED = 1.0
 LOW = np.array([-0.25, -0.25, 0.0, -0.6, -0.6, -np.pi, 0.0])
 HIGH = np.array([0.25, 0.35, 0.30, 0.6, 0.6, np.pi, 1.0])
 BLOCKED = 0.025
-_PRESS = 0.010
-_DWELL = 3
+PRESS = 0.010
+DWELL = 3  # control steps
 _SETTLED = 0.002
 _SETTLE_STEPS = 12
 
@@ -78,8 +78,7 @@ class Arm:
         """
         target = np.clip(np.asarray(waypoint, dtype=np.float64), LOW, HIGH)
         pose, grip = target[:6], float(target[6] > 0.5)
-        above = pose.copy()
-        above[:3] += _tool_axis(pose) * max(SAFE_HEIGHT - pose[2], 0.0) / _tool_axis(pose)[2]
+        above = risen(pose)
         self._move(above)
         self._move(pose)
         reached = self.end_effector
@@ -94,13 +93,12 @@ class Arm:
         self.data.ctrl[6] = grip
         if grip:
             # A suction cup seals only when it is pushed on: one centimetre further along the tool.
-            self.data.ctrl[:3] -= _tool_axis(pose) * _PRESS
-        self._control_steps(_DWELL)
+            self.data.ctrl[:3] -= tool_axis(pose) * PRESS
+        self._control_steps(DWELL)
 
     def _move(self, pose):
         start = self.data.ctrl[:6].copy()
-        length = max(np.linalg.norm(pose[:3] - start[:3]), 0.15 * np.abs(pose[3:] - start[3:]).max())
-        count = max(1, int(np.ceil(length / (self.speed * CONTROL_SECONDS))))
+        count = max(1, int(np.ceil(path_length(start, pose) / (self.speed * CONTROL_SECONDS))))
         for step in range(1, count + 1):
             self.data.ctrl[:6] = start + (pose - start) * _ease(step / count)
             self._control_steps(1)
@@ -123,7 +121,19 @@ def _ease(share):
     return share * share * (3 - 2 * share)
 
 
-def _tool_axis(pose):
+def risen(pose) -> np.ndarray:
+    """(6,) pose  ->  the pose at the safe height from which the tool comes down on it, along its own axis."""
+    above = pose.copy()
+    above[:3] += tool_axis(pose) * max(SAFE_HEIGHT - pose[2], 0.0) / tool_axis(pose)[2]
+    return above
+
+
+def path_length(start, pose) -> float:
+    """Metres between two (6,) poses, by the tip or, where that is longer, by an angle, as the way of what is 15 cm from the wrist."""
+    return max(np.linalg.norm(pose[:3] - start[:3]), 0.15 * np.abs(pose[3:] - start[3:]).max())
+
+
+def tool_axis(pose) -> np.ndarray:
     """Unit vector from the pad up along the tool, for roll, pitch, yaw in radians (z-y-x convention)."""
     roll, pitch, yaw = pose[3:6]
     cr, sr, cp, sp, cy, sy = np.cos(roll), np.sin(roll), np.cos(pitch), np.sin(pitch), np.cos(yaw), np.sin(yaw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import gymnasium
@@ -11,7 +12,7 @@ from gymnasium import spaces
 from labkit.instructions import Command, say
 from labkit.tabletop import arm as arms
 from labkit.tabletop import camera as cameras
-from labkit.tabletop.scene import BELT_CENTRE_Y, BELT_HALF_Y, BELT_TOP, HALF_HEIGHT, Scene, Variation, compiled, paint, sample_scene
+from labkit.tabletop.scene import BELT_CENTRE_Y, BELT_HALF_Y, BELT_TOP, HALF_HEIGHT, HOME, Scene, Variation, compiled, paint, sample_scene
 from labkit.tabletop.tasks import State, commands, has_failed, is_done, task_named
 
 ENV_ID = "labkit/Tabletop-v0"
@@ -110,6 +111,20 @@ class Tabletop(gymnasium.Env):
         w, x, y, z = poses[:, 3:].T
         yaws = np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
         return State(poses[:, :3].copy(), yaws, self.arm.held, self._reached.copy())
+
+    @contextmanager
+    def held_up(self, index: int):
+        """While it lasts, an object is where it hangs when the arm holds it at home, put there without a grasp: for pictures and labels."""
+        import mujoco
+
+        pose = self.data.qpos[self._objects].reshape(-1, 7)[index]
+        before = pose.copy()
+        pose[:3] = (HOME[0], HOME[1], HOME[2] - HALF_HEIGHT[self.episode.scene.things[index].shape])
+        mujoco.mj_kinematics(self.model, self.data)
+        try:
+            yield
+        finally:
+            pose[:] = before
 
     def _draw_episode(self, task=None, variation=None, scene=None, command=None, instruction=None, held_out_phrasing=None):
         """The same seed draws the same scene, command and sentence, whatever happened in earlier episodes."""
