@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 from labkit.actions import action_to_bins, small_action
-from labkit.clip_pretraining import Recipe, build_model, build_processor
 from labkit.errors import UserError
 from labkit.policy import Decision
 from labkit.serving import ros_node
@@ -482,13 +481,11 @@ def test_without_ros_the_node_says_what_is_missing_in_one_sentence(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def two_policies(tmp_path_factory):
+def two_policies(clip_folder, tmp_path_factory):
     """A generic policy and one that was made for a task, in folders: random weights."""
     folder = tmp_path_factory.mktemp("ros")
-    build_model(Recipe(width=32, vision_layers=1, seed=3)).save_pretrained(folder / "clip")
-    build_processor().save_pretrained(folder / "clip")
     for seed, name in enumerate(("generic", "mine")):
-        policy_from_clip(folder / "clip", seed=seed).save(folder / name)
+        policy_from_clip(clip_folder, seed=seed).save(folder / name)
     return folder
 
 
